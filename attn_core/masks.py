@@ -1,0 +1,303 @@
+"""Masks that are described instead of written out, and the dense form of any mask for kernels that want one.
+
+torch is imported here: the public names reach users through ``attn_core``, which imports this module when first asked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+
+from attn_core.errors import CallRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Prepared = TypeVar("Prepared")
+
+
+class Description:
+    """A mask as data, with what adapters prepared from it.
+
+    An adapter that needs another form of the description (indices, lengths, a dense mask) asks ``prepared`` for it: it
+    is built once and kept with the description, and built again when a tensor of it was changed in place.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._tensors = tensors
+        self._prepared: dict[object, tuple[tuple[int, ...], Any]] = {}
+
+    def prepared(self, name: object, build: Callable[[], Prepared]) -> Prepared:
+        """Return what ``build()`` made for ``name``, building it once. While code is traced nothing is kept."""
+        if _traced(*self._tensors):
+            return build()
+        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in self._tensors)
+        kept = self._prepared.get(name)
+        if kept is None or kept[0] != versions:
+            kept = self._prepared[name] = (versions, build())
+        return kept[1]  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": {}}
+
+
+class KeyPadding(Description):
+    """Which keys are real: query i sees key j of batch b where ``keep[b, j]``.
+
+    Holes and left padding are as good as right padding.
+
+    Args:
+        keep: bool tensor (B, Skv), True is a real key, on the device of the call.
+
+    Raises:
+        CallRefused: when keep is not a two-dimensional bool tensor.
+
+    Example:
+        >>> import torch
+        >>> KeyPadding(torch.tensor([[False, True, True]]))
+        KeyPadding(batch=1, keys=3)
+    """
+
+    kind = "key_padding"
+
+    def __init__(self, keep: torch.Tensor) -> None:
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.ndim != 2:
+            msg = (
+                f"KeyPadding: keep is a bool tensor (B, Skv), True for a real key; found {_describe(keep)}. "
+                "A padding mask of 0 and 1 becomes one with mask.bool()"
+            )
+            raise CallRefused(msg)
+        self.keep = keep
+        super().__init__(keep)
+
+    def __repr__(self) -> str:
+        return f"KeyPadding(batch={self.keep.shape[0]}, keys={self.keep.shape[1]})"
+
+
+class Packed(Description):
+    """Sequences laid end to end in a batch of one, each attending to itself, the causal diagonal its own.
+
+    Args:
+        cu_seqlens_q: int32 tensor (N + 1,): where each sequence starts among the queries, beginning with 0 and
+            ending with Sq.
+        cu_seqlens_k: the same among the keys, ending with Skv; None is as for the queries.
+        max_seqlen_q: length of the longest sequence among the queries; counted when not given.
+        max_seqlen_k: the same among the keys.
+
+    Raises:
+        CallRefused: when the tensors are not increasing int32 offsets from 0, differ in length or device, or a
+            max_seqlen is below the longest sequence. Inside compiled code the values are not looked at.
+
+    Example:
+        >>> import torch
+        >>> Packed(torch.tensor([0, 3, 5], dtype=torch.int32)).max_seqlen_q
+        3
+    """
+
+    kind = "packed"
+
+    def __init__(
+        self,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor | None = None,
+        *,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        _check_offsets("cu_seqlens_q", cu_seqlens_q)
+        _check_offsets("cu_seqlens_k", cu_seqlens_k)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.device != cu_seqlens_k.device:
+            msg = (
+                "Packed: cu_seqlens_q and cu_seqlens_k describe the same sequences on one device; found "
+                f"{_describe(cu_seqlens_q)} and {_describe(cu_seqlens_k)}"
+            )
+            raise CallRefused(msg)
+        self.cu_seqlens_q = cu_seqlens_q
+        self.cu_seqlens_k = cu_seqlens_k
+        super().__init__(cu_seqlens_q, cu_seqlens_k)
+        if _traced(cu_seqlens_q, cu_seqlens_k):
+            self.max_seqlen_q, self.max_seqlen_k = max_seqlen_q, max_seqlen_k
+            return
+        self.max_seqlen_q = _longest("q", self.lengths_q, max_seqlen_q)
+        self.max_seqlen_k = _longest("k", self.lengths_k, max_seqlen_k)
+
+    @property
+    def lengths_q(self) -> list[int]:
+        """The length of each sequence among the queries. Copies from the device the first time."""
+        return self.prepared("lengths_q", lambda: _lengths("cu_seqlens_q", self.cu_seqlens_q))
+
+    @property
+    def lengths_k(self) -> list[int]:
+        """The length of each sequence among the keys. Copies from the device the first time."""
+        return self.prepared("lengths_k", lambda: _lengths("cu_seqlens_k", self.cu_seqlens_k))
+
+    def __repr__(self) -> str:
+        return f"Packed(sequences={self.cu_seqlens_q.shape[0] - 1})"
+
+
+def _traced(*tensors: torch.Tensor) -> bool:
+    """Whether these are traced (torch.compile, export, fake tensors), so that values can't be read or kept.
+
+    ``torch.compiler.is_compiling`` is true in every thread while one compiles, so it is not asked.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) is not torch.Tensor for tensor in tensors)
+    )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def _check_offsets(label: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int32 or value.ndim != 1 or value.shape[0] < 2:
+        msg = (
+            f"Packed: {label} is an int32 tensor (N + 1,) of offsets such as [0, 3, 5]; found {_describe(value)}. "
+            "From lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)"
+        )
+        raise CallRefused(msg)
+
+
+def _lengths(label: str, offsets: torch.Tensor) -> list[int]:
+    values = offsets.tolist()
+    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    if values[0] != 0 or min(lengths) < 0:
+        msg = f"Packed: {label} starts with 0 and never falls; found {values if len(values) < 20 else values[:20] + ['...']}"
+        raise CallRefused(msg)
+    return lengths
+
+
+def _longest(side: str, lengths: list[int], given: object) -> int:
+    longest = max(lengths)
+    if given is None:
+        return longest
+    try:
+        number = int(given)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        number = -1
+    if isinstance(given, bool) or number != given or number < longest:
+        msg = f"Packed: max_seqlen_{side} is a whole number, at least the longest sequence ({longest}); found {given!r}"
+        raise CallRefused(msg)
+    return number
+
+
+def diagonal_mask(
+    query_length: int,
+    key_length: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor | None:
+    """Which keys the bottom-right diagonal and the window around it leave visible.
+
+    Query i sits on key ``i + Skv - Sq``; ``causal`` sees up to it, ``window_size`` from ``left`` before to ``right``
+    after it.
+
+    Returns:
+        bool (Sq, Skv), True is visible; None when everything is.
+
+    Example:
+        >>> diagonal_mask(2, 3, causal=True).int().tolist()
+        [[1, 1, 0], [1, 1, 1]]
+    """
+    left, right = window_size or (-1, -1)
+    if causal:
+        right = 0
+    if left < 0 and right < 0:
+        return None
+    position = torch.arange(query_length, device=device)[:, None] + (key_length - query_length)
+    distance = torch.arange(key_length, device=device)[None, :] - position
+    if left < 0:
+        return distance <= right
+    return distance >= -left if right < 0 else (distance >= -left) & (distance <= right)
+
+
+def packed_mask(
+    packed: Packed,
+    query_length: int,
+    key_length: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Which keys each packed query sees: those of its own sequence, around its sequence's own diagonal.
+
+    Returns:
+        bool (Sq, Skv), True is visible. No value is copied from the device.
+
+    Example:
+        >>> import torch
+        >>> packed_mask(Packed(torch.tensor([0, 1, 3], dtype=torch.int32)), 3, 3, causal=True).int().tolist()
+        [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    """
+    starts_q, starts_k = packed.cu_seqlens_q, packed.cu_seqlens_k
+    queries = torch.arange(query_length, device=starts_q.device, dtype=torch.int32)
+    keys = torch.arange(key_length, device=starts_k.device, dtype=torch.int32)
+    owner_q = torch.bucketize(queries, starts_q[1:], right=True)
+    owner_k = torch.bucketize(keys, starts_k[1:], right=True)
+    visible = owner_q[:, None] == owner_k[None, :]
+    left, right = window_size or (-1, -1)
+    if causal:
+        right = 0
+    if left < 0 and right < 0:
+        return visible
+    position = queries - starts_q[1:][owner_q] + starts_k[1:][owner_q]
+    distance = keys[None, :] - position[:, None]
+    if left >= 0:
+        visible = visible & (distance >= -left)
+    return visible if right < 0 else visible & (distance <= right)
+
+
+def visible_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+) -> torch.Tensor | None:
+    """Everything that hides keys, in one bool tensor: causal, window, and a bool or described mask.
+
+    A float mask hides nothing here; it is added to the scores by the caller.
+
+    Args:
+        query: (B, Sq, Hq, D).
+        key: (B, Skv, Hkv, D).
+        attn_mask: as in the call.
+        causal: bottom-right.
+        window_size: (left, right), -1 unlimited.
+
+    Returns:
+        bool, 4-D, broadcastable to (B, Hq, Sq, Skv), True is visible; None when everything is.
+
+    Example:
+        >>> import torch
+        >>> q = torch.zeros(1, 2, 1, 4)
+        >>> visible_mask(q, q, causal=True).int().tolist()
+        [[[[1, 0], [1, 1]]]]
+    """
+    query_length, key_length = query.shape[1], key.shape[1]
+    if isinstance(attn_mask, Packed):
+        description = attn_mask
+        mask = description.prepared(
+            ("packed_mask", query_length, key_length, causal, window_size),
+            lambda: packed_mask(description, query_length, key_length, causal=causal, window_size=window_size),
+        )
+        return mask[None, None]
+    diagonal = diagonal_mask(query_length, key_length, causal=causal, window_size=window_size, device=query.device)
+    mask = None if diagonal is None else diagonal[None, None]
+    if isinstance(attn_mask, KeyPadding):
+        keep = attn_mask.keep[:, None, None, :]
+        return keep if mask is None else mask & keep
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool:
+        return attn_mask if mask is None else mask & attn_mask
+    return mask

@@ -1,0 +1,1 @@
+"""The attention kernels that torch itself brings, as backends of attn."""

@@ -1,0 +1,1 @@
+"""The declarations of this wheel, a module for each family. None imports torch."""
