@@ -135,6 +135,16 @@ class Packed(Description):
         """The length of each sequence among the keys. Copies from the device the first time."""
         return self.prepared("lengths_k", lambda: _lengths("cu_seqlens_k", self.cu_seqlens_k))
 
+    @property
+    def total_q(self) -> int:
+        """How many queries the sequences have together."""
+        return sum(self.lengths_q)
+
+    @property
+    def total_k(self) -> int:
+        """How many keys the sequences have together."""
+        return sum(self.lengths_k)
+
     def __repr__(self) -> str:
         return f"Packed(sequences={self.cu_seqlens_q.shape[0] - 1})"
 

@@ -1,0 +1,285 @@
+"""The call, and the plan for many calls of a kind."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+
+from attn_core import selection
+from attn_core.admission import admit
+from attn_core.masks import Description
+from attn_core.options import dropout_of, scale_of, softcap_of
+from attn_core.reading import autocast_dtype, check_mask, default_scale, read
+from attn_core.running import check_result, runner
+from attn_core.traced import traced_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from attn_core.admission import Admitted
+    from attn_core.facts import Facts
+    from attn_core.reading import Call
+    from attn_core.selection import Choice
+
+KINDS_REMEMBERED = 4096
+"""How many kinds of call are remembered before the memory starts over."""
+
+_NONE_DROPPED = 0.0
+_BROUGHT = ("softcap", "dropout_p", "attn_mask")
+"""Options whose value is not among the facts: each call brings its own. So does scale, which is always passed."""
+
+# What has been admitted before: the facts of a call -> (what runs it, scale where none is given, options brought or None).
+_memory: dict[tuple[Any, ...], tuple[Callable[..., Any], float, tuple[str, ...] | None]] = {}
+
+# Bound once: a look-up through two modules on each call would cost a tenth of the whole.
+_is_traced = torch.compiler.is_dynamo_compiling
+_scopes = selection.scopes
+_environment = selection.read_environment
+_VARIABLE = selection.VARIABLE_KEY
+_graph_task = selection.graph_task
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_grad_enabled = torch._C.is_grad_enabled
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_forward_ad = torch.autograd.forward_ad
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = _NONE_DROPPED,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | Sequence[str] | None = None,
+    parallel: None = None,
+) -> Any:
+    """Attention: ``softmax(scale * query @ key^T + mask) @ value``, on the kernel in force, or a refusal that says why.
+
+    Args:
+        query: (B, Sq, Hq, D).
+        key: (B, Skv, Hkv, D); Hq is a multiple of Hkv, and query head h reads key head h // (Hq / Hkv).
+        value: (B, Skv, Hkv, Dv).
+        attn_mask: None; a 4-D tensor broadcastable to (B, Hq, Sq, Skv), bool (True may attend) or float (query's dtype or
+            float32, added to the scaled scores); ``KeyPadding`` or ``Packed``.
+        causal: aligned bottom-right: query i sees key j where j <= i + Skv - Sq.
+        scale: None is 1/sqrt(D).
+        window_size: (left, right) in keys around the same diagonal, -1 unlimited.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before masking.
+        dropout_p: probability to drop, in [0, 1); kept probabilities are scaled by 1/(1 - dropout_p).
+        deterministic: the same bits twice, forward and backward, or a refusal.
+        return_lse: also return the log-sum-exp.
+        backend: a name, or several in order of preference, for this call alone.
+        parallel: reserved for context parallel; None.
+
+    Returns:
+        (B, Sq, Hq, Dv) in query's dtype (autocast's, under autocast). With return_lse also the natural log-sum-exp of the
+        scaled, capped, masked scores: (B, Hq, Sq), float32 (float64 for float64), detached. A query that sees nothing
+        has result 0 and lse -inf.
+
+    Raises:
+        CallRefused: the call makes no sense, or the backends it allows refuse it; the message has the reasons.
+        BackendNotUsable: a backend it names is unknown or can't be used here.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(2, 128, 8, 64)
+        >>> attention(q, q, q, causal=True).shape
+        torch.Size([2, 128, 8, 64])
+    """
+    if _is_traced():
+        return traced_attention(
+            query, key, value,
+            attn_mask=attn_mask, causal=causal, scale=scale, window_size=window_size, softcap=softcap,
+            dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse, backend=backend, parallel=parallel,
+        )  # fmt: skip
+    # The rest of this function is on the way of every call and is written for speed: facts into a key, one look-up.
+    try:
+        shape, key_shape, value_shape = query.shape, key.shape, value.shape
+        batch, query_length, heads, head_dim = shape
+        if shape == key_shape == value_shape:
+            key_length = query_length
+            sizes = batch and query_length and True
+        else:
+            key_batch, key_length, key_heads, key_dim = key_shape
+            sizes = (
+                key_heads, key_dim, batch == key_batch,
+                key_shape == value_shape or (key_shape[:3] == value_shape[:3] and value_shape[3:]),
+                query_length == key_length or (-1 if query_length < key_length else 2),
+                batch and query_length and key_length and True,
+            )  # fmt: skip
+        if backend is None:
+            scopes = _scopes()
+            if scopes:
+                choice = selection.in_force() if scopes[-1].closed else scopes[-1].names
+            else:
+                choice = selection._default
+                if choice is None:
+                    choice = _environment(_VARIABLE)
+            if selection.varied and (_graph_task() != -1 or _top_hooks(True) is not None):
+                choice = selection.consistent_choice(selection.in_force())
+        else:
+            choice = backend
+        mask = None if attn_mask is None else _mask_key(attn_mask, query, key, batch, heads, query_length, key_length)
+        if scale is not None and not (type(scale) is float and -inf < scale < inf):
+            scale = scale_of(scale)
+        if softcap is not None and not (type(softcap) is float and 0.0 < softcap < inf):
+            softcap = softcap_of(softcap)
+        if dropout_p is not _NONE_DROPPED and not (type(dropout_p) is float and 0.0 <= dropout_p < 1.0):
+            dropout_p = dropout_of(dropout_p)
+        kind = (
+            choice, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, heads, head_dim, sizes,
+            _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            causal, window_size, softcap is None, dropout_p == 0.0, deterministic, return_lse, mask,
+            parallel, _autocast_enabled() and autocast_dtype(query.device.type), _transforms_active(), _forward_ad._current_level,
+        )  # fmt: skip
+        found = _memory.get(kind)
+    except (AttributeError, TypeError, ValueError):  # not what it should be, or not hashable: read with care below
+        kind = found = None
+    if found is None:
+        options = {
+            "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
+            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+        }  # fmt: skip
+        return _first_call(kind, query, key, value, options, backend)
+    run, usual_scale, brought = found
+    if scale is None:
+        scale = usual_scale
+    if brought is None:
+        return run(query, key, value, scale=scale)
+    given = {"softcap": softcap, "dropout_p": dropout_p, "attn_mask": attn_mask}
+    return run(query, key, value, scale=scale, **{name: given[name] for name in brought})
+
+
+def _mask_key(mask: Any, query: Any, key: Any, batch: int, heads: int, query_length: int, key_length: int) -> Any:
+    """What of a mask is remembered; its lengths are checked on each call, a mismatch leads to the careful reading."""
+    if isinstance(mask, Description):
+        check_mask(mask, query, key)
+        return mask.kind
+    mask_batch, mask_heads, mask_queries, mask_keys = mask.shape
+    if not (
+        (mask_batch == batch or mask_batch == 1)
+        and (mask_heads == heads or mask_heads == 1)
+        and (mask_queries == query_length or mask_queries == 1)
+        and (mask_keys == key_length or mask_keys == 1)
+    ):
+        raise ValueError
+    return (
+        mask.dtype, mask.device, mask.requires_grad and _grad_enabled(),
+        mask_batch == 1, mask_heads == 1, mask_queries == 1, mask_keys == 1,
+    )  # fmt: skip
+
+
+def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
+    """Read a call with care, admit it or refuse it, run it, check what came out, and remember the outcome."""
+    admitted, call = resolve(query, key, value, options, backend)
+    brought = {name: option for name, option in call.options.items() if name in _BROUGHT}
+    fixed = {name: option for name, option in call.options.items() if name not in _BROUGHT and name != "scale"}
+    run = runner(admitted.row.name, admitted.adapter, call, own_graph=admitted.own_graph)
+    run = partial(run, **fixed) if brought else _with_fixed(run, fixed)
+    result = run(query, key, value, scale=call.options["scale"], **brought)
+    check_result(admitted.row.name, result, query, value, call)
+    if kind is not None:
+        if len(_memory) >= KINDS_REMEMBERED:
+            _memory.clear()
+        _memory[kind] = (run, default_scale(call.facts.head_dim), tuple(brought) or None)
+    return result
+
+
+def resolve(query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> tuple[Admitted, Call]:
+    """Read a call and find the backend that runs it."""
+    call = read(query, key, value, options)
+    if backend is not None:
+        return admit(selection.normalized(backend), call.facts, "backend="), call
+    choice = selection.in_force()
+    if selection.checkpointing():
+        choice = selection.consistent_choice(choice)
+    admitted = admit(choice, call.facts, selection.origin(choice))
+    selection.note_used(choice)
+    return admitted, call
+
+
+def _with_fixed(run: Callable[..., Any], fixed: dict[str, Any]) -> Callable[..., Any]:
+    """``partial(run, **fixed)``, at half its cost for a call that is causal and nothing else."""
+    if fixed == {"causal": True}:
+        return lambda query, key, value, *, scale: run(query, key, value, scale=scale, causal=True)
+    return partial(run, **fixed) if fixed else run
+
+
+def forget() -> None:
+    """Forget every remembered kind of call, as when backends are discovered again."""
+    _memory.clear()
+
+
+class Plan(Protocol):
+    """A call that is resolved: a function of further tensors of the same kind.
+
+    Attributes:
+        backend: the backend that runs it.
+        facts: the facts it was made for.
+    """
+
+    backend: str
+    facts: Facts
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+        """Compute. ``attn_mask=`` replaces the mask of the plan by another of the same kind."""
+
+
+def plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | Sequence[str] | None = None,
+    parallel: None = None,
+) -> Plan:
+    """Resolve a call once, for further tensors of the same kind.
+
+    The same arguments as ``attention``. Nothing is computed. The plan keeps the backend and the options, the mask
+    included, and checks nothing: that further tensors have the same dtype, device, heads, head dims, the same relation
+    of Sq to Skv, need for gradients and autocast is the caller's promise.
+
+    Returns:
+        A function of (query, key, value), and of ``attn_mask=`` where the plan has a mask.
+
+    Raises:
+        CallRefused: as ``attention``.
+        BackendNotUsable: as ``attention``.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(2, 16, 4, 8)
+        >>> planned = plan(q, q, q, causal=True)
+        >>> torch.equal(planned(q, q, q), attention(q, q, q, causal=True))
+        True
+    """
+    options = {
+        "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
+        "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+    }  # fmt: skip
+    admitted, call = resolve(query, key, value, options, backend)
+    run = runner(admitted.row.name, admitted.adapter, call, own_graph=admitted.own_graph)
+    planned: Any = partial(run, **call.options)
+    if call.options.keys() == {"scale"}:  # the commonest kind of call, at half the cost of a partial
+        scale = call.options["scale"]
+        planned = lambda query, key, value: run(query, key, value, scale=scale)  # noqa: E731
+    planned.backend, planned.facts = admitted.row.name, call.facts  # attributes of the function: a class costs more to call
+    return cast("Plan", planned)

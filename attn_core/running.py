@@ -1,0 +1,143 @@
+"""Builds what runs a kind of call: the adapter, with what the core adds around it and nothing else."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from attn_core.errors import AttnError
+from attn_core.reading import cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attn_core.loading import Adapter
+    from attn_core.reading import Call
+
+
+class KernelError(AttnError):
+    """A kernel returned something other than what its declaration promises."""
+
+
+def runner(name: str, adapter: Adapter, call: Call, *, own_graph: bool) -> Callable[..., Any]:
+    """Make the function of (query, key, value, **options) that computes calls of this kind.
+
+    Args:
+        name: the backend, for messages.
+        adapter: its loaded functions.
+        call: a call of the kind.
+        own_graph: whether the adapter's result carries its graph; otherwise the core makes one from its backward.
+    """
+    facts = call.facts
+    run: Callable[..., Any] = adapter.forward
+    if call.empty:
+        run = empty_result
+    elif facts.backward and not own_graph:
+        run = partial(with_backward, adapter)
+    elif facts.backward:
+        run = partial(_checked_graph, name, run)
+    if facts.backward and facts.return_lse:
+        run = partial(_detached_lse, run)
+    if call.autocast is not None:
+        run = partial(_cast_first, run, call.autocast)
+    return run
+
+
+def empty_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    """Answer a call without queries or without keys: zeros, an lse of -inf, and gradients of zero."""
+    shape = (*query.shape[:3], value.shape[3])
+    out = query.new_zeros(shape)
+    for tensor in (query, key, value, options.get("attn_mask")):
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            out = out + tensor.flatten()[:0].sum().to(out.dtype)  # nothing, but joined to the graph
+    if not options.get("return_lse"):
+        return out
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_full((shape[0], shape[2], shape[1]), float("-inf"), dtype=dtype)
+
+
+def _cast_first(run: Callable[..., Any], dtype: torch.dtype, query: Any, key: Any, value: Any, **options: Any) -> Any:
+    if "attn_mask" in options:
+        options["attn_mask"] = cast(options["attn_mask"], dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        return run(cast(query, dtype), cast(key, dtype), cast(value, dtype), **options)
+
+
+def _checked_graph(name: str, run: Callable[..., Any], query: Any, key: Any, value: Any, **options: Any) -> Any:
+    result = run(query, key, value, **options)
+    out = result[0] if type(result) is tuple else result
+    if not out.requires_grad:
+        msg = (
+            f"{name}: its result carries no graph although its declaration says that it has a backward; "
+            "report it to the author of the wheel, and use another backend for training"
+        )
+        raise KernelError(msg)
+    return result
+
+
+def _detached_lse(run: Callable[..., Any], query: Any, key: Any, value: Any, **options: Any) -> Any:
+    out, lse = run(query, key, value, **options)
+    return out, lse.detach()
+
+
+# --- the graph that the core makes from a backend's backward ------------------------------------------------------------
+
+
+class _WithBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, adapter: Any, options: dict[str, Any]) -> Any:
+        out, lse = adapter.forward(query, key, value, **{**options, "return_lse": True})
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.adapter = adapter
+        ctx.options = {name: option for name, option in options.items() if name not in ("return_lse", "deterministic")}
+        if options.get("deterministic"):
+            ctx.options["deterministic"] = True
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_out: Any, _: Any) -> Any:
+        query, key, value, out, lse = ctx.saved_tensors
+        grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
+        return (*grads, None, None)
+
+
+def with_backward(adapter: Adapter, query: Any, key: Any, value: Any, **options: Any) -> Any:
+    """Run a forward whose graph the core makes from the backend's ``backward``, by way of the lse."""
+    if key is query:  # Dynamo takes no tensor twice
+        key = key.view_as(key)
+    if value is query or value is key:
+        value = value.view_as(value)
+    out, lse = _WithBackward.apply(query, key, value, adapter, options)
+    return (out, lse) if options.get("return_lse") else out
+
+
+# --- the first result of a kind -----------------------------------------------------------------------------------------
+
+
+def check_result(name: str, result: Any, query: torch.Tensor, value: torch.Tensor, call: Call) -> None:
+    """Hold the first result of a kind of call to shape, dtype and form; a kernel that lies is found here."""
+    wanted_shape = (*query.shape[:3], value.shape[3])
+    wanted_dtype = getattr(torch, call.facts.dtype)
+    out, lse = result if call.facts.return_lse and type(result) is tuple and len(result) == 2 else (result, None)
+    if not isinstance(out, torch.Tensor) or tuple(out.shape) != wanted_shape or out.dtype != wanted_dtype:
+        _lied(name, "result", out, wanted_shape, wanted_dtype)
+    if not call.facts.return_lse:
+        return
+    wanted_shape = (query.shape[0], query.shape[2], query.shape[1])  # type: ignore[assignment]
+    wanted_dtype = torch.float64 if wanted_dtype == torch.float64 else torch.float32
+    if not isinstance(lse, torch.Tensor) or tuple(lse.shape) != wanted_shape or lse.dtype != wanted_dtype:
+        _lied(name, "lse", lse, wanted_shape, wanted_dtype)
+
+
+def _lied(name: str, what: str, found: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    shown = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found).__name__
+    msg = (
+        f"{name}: its kernel returned as {what} {shown}; promised: {shape} {dtype}. "
+        "Report it to the author of the wheel, and use another backend"
+    )
+    raise KernelError(msg)

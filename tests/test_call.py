@@ -1,0 +1,325 @@
+"""What a call accepts, what it refuses, and what it hands to the kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from attn_core import AttnError, CallRefused, KeyPadding, Packed, attention, call, explain, plan, set_backend
+
+pytestmark = pytest.mark.usefixtures("stubs")
+
+Q = torch.randn(2, 6, 4, 8)
+KV = torch.randn(2, 9, 2, 8)
+
+
+def options_seen(**options):
+    """The options that reach a kernel which admits everything."""
+    import stub_kernels
+
+    stub_kernels.calls.clear()
+    attention(Q, Q, Q, backend="spy", **options)
+    assert len(stub_kernels.calls) == 1
+    return stub_kernels.calls[0]
+
+
+SCALE = 8**-0.5
+
+
+@pytest.mark.parametrize("again", [1, 2])
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, {"scale": SCALE}),
+        ({"scale": 0}, {"scale": 0.0}),
+        ({"scale": np.float32(0.5)}, {"scale": 0.5}),
+        ({"scale": -2}, {"scale": -2.0}),
+        ({"causal": True}, {"scale": SCALE, "causal": True}),
+        ({"causal": 1}, {"scale": SCALE, "causal": True}),
+        ({"causal": np.bool_(True)}, {"scale": SCALE, "causal": True}),
+        ({"causal": 0}, {"scale": SCALE}),
+        ({"window_size": (2, -1)}, {"scale": SCALE, "window_size": (2, -1)}),
+        ({"window_size": [np.int64(2), 3.0]}, {"scale": SCALE, "window_size": (2, 3)}),
+        ({"window_size": (-1, -1)}, {"scale": SCALE}),
+        ({"window_size": (2, 5), "causal": True}, {"scale": SCALE, "causal": True, "window_size": (2, 0)}),
+        ({"window_size": (-1, 5), "causal": True}, {"scale": SCALE, "causal": True}),
+        ({"softcap": 30}, {"scale": SCALE, "softcap": 30.0}),
+        ({"dropout_p": 0}, {"scale": SCALE}),
+        ({"dropout_p": np.float64(0.25)}, {"scale": SCALE, "dropout_p": 0.25}),
+        ({"deterministic": True}, {"scale": SCALE, "deterministic": True}),
+    ],
+)
+def test_options_arrive_as_python_values_the_first_time_and_the_second(given, seen, again):
+    for _ in range(again):
+        found = options_seen(**given)
+    assert found == seen
+    assert {name: type(value) for name, value in found.items()} == {name: type(value) for name, value in seen.items()}
+
+
+def test_values_that_are_not_remembered_are_those_of_each_call():
+    for scale, softcap, dropout in ((0.5, 3.0, 0.1), (0.25, 4.0, 0.2), (1, 5, 0.3)):
+        found = options_seen(scale=scale, softcap=softcap, dropout_p=dropout)
+        assert (found["scale"], found["softcap"], found["dropout_p"]) == (scale, softcap, dropout)
+
+
+REFUSED = [
+    ({"scale": float("nan")}, "scale: found nan"),
+    ({"scale": float("inf")}, "scale: found inf"),
+    ({"scale": "1"}, "scale: found '1'"),
+    ({"scale": True}, "scale: found True"),
+    ({"scale": torch.tensor(1.0)}, "scale: found tensor"),
+    ({"causal": 2}, "causal: found 2"),
+    ({"causal": None}, "causal: found None"),
+    ({"causal": "yes"}, "causal: found 'yes'"),
+    ({"causal": torch.ones(2, 2)}, "causal: found a Tensor of shape"),
+    ({"window_size": 4}, "window_size: found 4"),
+    ({"window_size": (1, 2, 3)}, "window_size: found"),
+    ({"window_size": (-2, 0)}, "window_size: found"),
+    ({"window_size": (1.5, 0)}, "window_size: found"),
+    ({"window_size": (float("nan"), 0)}, "window_size: found"),
+    ({"window_size": (None, 1)}, "window_size: found"),
+    ({"window_size": (True, 1)}, "window_size: found"),
+    ({"softcap": 0}, "softcap: found 0"),
+    ({"softcap": -1.0}, "softcap: found -1.0"),
+    ({"softcap": float("nan")}, "softcap: found nan"),
+    ({"dropout_p": 1.0}, "dropout_p: found 1.0"),
+    ({"dropout_p": -0.1}, "dropout_p: found -0.1"),
+    ({"dropout_p": float("nan")}, "dropout_p: found nan"),
+    ({"dropout_p": None}, "dropout_p: found None"),
+    ({"deterministic": "no"}, "deterministic: found 'no'"),
+    ({"return_lse": 3}, "return_lse: found 3"),
+    ({"parallel": "ring"}, "parallel: found 'ring'"),
+    ({"attn_mask": 3}, "attn_mask: found int"),
+    ({"attn_mask": torch.ones(6, 6, dtype=torch.bool)}, r"attn_mask: found shape \(6, 6\)"),
+    ({"attn_mask": torch.ones(2, 6, dtype=torch.bool)}, "KeyPadding"),
+    ({"attn_mask": torch.ones(2, 4, 6, 5, dtype=torch.bool)}, "attn_mask: found shape"),
+    ({"attn_mask": torch.ones(2, 1, 6, 6, dtype=torch.int64)}, "attn_mask: found dtype int64"),
+    ({"attn_mask": torch.ones(2, 1, 6, 6, dtype=torch.float16)}, "attn_mask: found dtype float16"),
+    ({"attn_mask": torch.ones(2, 1, 6, 6, device="meta")}, "attn_mask: found on meta"),
+    ({"attn_mask": KeyPadding(torch.ones(2, 5, dtype=torch.bool))}, "KeyPadding of shape"),
+    ({"attn_mask": Packed(torch.tensor([0, 6], dtype=torch.int32))}, "batch of 2"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_makes_no_sense_is_refused_with_found_and_accepted(options, message):
+    attention(Q, Q, Q, backend="spy")
+    with pytest.raises(CallRefused, match=message) as caught:
+        attention(Q, Q, Q, backend="spy", **options)
+    assert "accepted:" in str(caught.value)
+    with pytest.raises(CallRefused, match=message):
+        plan(Q, Q, Q, backend="spy", **options)
+    assert message.split(":")[0] in str(explain(Q, Q, Q, **options))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ((Q[0], Q, Q), "query: found shape"),
+        ((Q, Q[..., 0], Q), "key: found shape"),
+        ((Q, Q, None), "value: found NoneType"),
+        ((Q.numpy(), Q, Q), "query: found ndarray"),
+        ((Q.to_sparse(), Q, Q), "query: found a torch.sparse_coo tensor"),
+        ((Q.int(), Q.int(), Q.int()), "query: found dtype int32"),
+        ((Q, Q.double(), Q), "dtype: query, key and value have float32, float64, float32"),
+        ((Q, Q, Q.half()), "dtype: query, key and value have"),
+        ((Q, Q[:1], Q[:1]), "batch: found 2, 1 and 1"),
+        ((Q, KV, Q), "key length"),
+        ((Q, Q[:, :, :3], Q[:, :, :3]), "heads: found 4, 3 and 3"),
+        ((Q, Q[:, :, :2], Q[:, :, :1]), "heads: found 4, 2 and 1"),
+        ((Q, Q[:, :, :0], Q[:, :, :0]), "heads: found 4, 0 and 0"),
+        ((Q, Q[..., :4], Q), "head_dim: found 8, 4 and 8"),
+        ((Q[..., :0], Q[..., :0], Q), "head_dim: found 0, 0 and 8"),
+        ((Q, Q.to("meta"), Q), "device: query, key and value are on cpu, meta, cpu"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tensors, message):
+    attention(Q, Q, Q, backend="spy")
+    with pytest.raises(CallRefused, match=message) as caught:
+        attention(*tensors, backend="spy")
+    assert "accepted:" in str(caught.value)
+    assert explain(*tensors).refusal is not None
+
+
+def test_masks_of_other_lengths_are_refused_after_right_ones_were_accepted():
+    right = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    attention(Q, Q, Q, attn_mask=right, backend="spy")
+    with pytest.raises(CallRefused, match="attn_mask: found shape"):
+        attention(Q, Q, Q, attn_mask=right[:, :, :5], backend="spy")
+    keep = KeyPadding(torch.ones(2, 6, dtype=torch.bool))
+    attention(Q, Q, Q, attn_mask=keep, backend="spy")
+    with pytest.raises(CallRefused, match="KeyPadding of shape"):
+        attention(Q, Q[:, :5], Q[:, :5], attn_mask=keep, backend="spy")
+    packed = Packed(torch.tensor([0, 2, 6], dtype=torch.int32))
+    attention(Q[:1], Q[:1], Q[:1], attn_mask=packed, backend="spy")
+    with pytest.raises(CallRefused, match="ends with 6"):
+        attention(Q[:1, :5], Q[:1], Q[:1], attn_mask=packed, backend="spy")
+
+
+@pytest.mark.parametrize(
+    "offsets", [[1, 3], [0, 3, 2], [0]], ids=["does not begin with 0", "falls", "no sequence"]
+)
+def test_offsets_that_make_no_sense_are_refused(offsets):
+    with pytest.raises(CallRefused, match="Packed: cu_seqlens_q"):
+        Packed(torch.tensor(offsets, dtype=torch.int32))
+
+
+def test_descriptions_refuse_what_they_can_not_mean():
+    with pytest.raises(CallRefused, match="KeyPadding"):
+        KeyPadding(torch.ones(2, 3))
+    with pytest.raises(CallRefused, match="int32"):
+        Packed(torch.tensor([0, 3]))
+    with pytest.raises(CallRefused, match="max_seqlen_q"):
+        Packed(torch.tensor([0, 3], dtype=torch.int32), max_seqlen_q=2)
+
+
+def test_what_was_prepared_from_a_description_is_made_again_when_it_changes():
+    keep = torch.tensor([[True, True, False]])
+    description = KeyPadding(keep)
+    count = lambda: description.prepared("count", lambda: int(keep.sum()))  # noqa: E731
+    assert count() == 2
+    keep[0, 2] = True
+    assert count() == 3
+
+
+def test_a_refusal_names_who_accepts_the_call():
+    with pytest.raises(CallRefused, match="gamma refused the call: .*softcap.*Accepted here by: .*alpha"):
+        attention(Q, Q, Q, softcap=2.0, backend="gamma")
+
+
+def test_every_reason_is_in_the_refusal():
+    with pytest.raises(CallRefused) as caught:
+        attention(Q.double(), Q.double(), Q.double(), causal=True, softcap=2.0, backend="gamma")
+    for part in ("dtype: found float64; accepted: float32", "causal", "softcap"):
+        assert part in str(caught.value)
+
+
+def test_empty_calls_are_answered_by_the_core():
+    import stub_kernels
+
+    stub_kernels.calls.clear()
+    for batch, queries, keys in ((0, 3, 3), (2, 0, 3), (2, 3, 0), (0, 0, 0)):
+        query = torch.randn(batch, queries, 4, 8, requires_grad=True)
+        key = torch.randn(batch, keys, 2, 8, requires_grad=True)
+        value = torch.randn(batch, keys, 2, 5, requires_grad=True)
+        out, lse = attention(query, key, value, return_lse=True, backend="spy")
+        assert out.shape == (batch, queries, 4, 5)
+        assert lse.shape == (batch, 4, queries)
+        assert (out == 0).all()
+        assert (lse == float("-inf")).all()
+        out.sum().backward()
+        assert all((tensor.grad == 0).all() for tensor in (query, key, value))
+    assert stub_kernels.calls == []
+
+
+def test_an_empty_call_that_the_backend_refuses_is_refused():
+    with pytest.raises(CallRefused, match="softcap"):
+        attention(Q[:, :0], Q, Q, softcap=1.0, backend="gamma")
+
+
+def test_inf_in_the_inputs_of_an_empty_call_stays_out_of_its_gradients():
+    query = torch.full((1, 2, 1, 4), float("inf"), requires_grad=True)
+    attention(query, query[:, :0], query[:, :0]).sum().backward()
+    assert (query.grad == 0).all()
+
+
+def test_autocast_casts_first_and_leaves_float64_alone():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(Q, Q.bfloat16(), Q).dtype == torch.bfloat16
+        assert attention(Q.double(), Q.double(), Q.double()).dtype == torch.float64
+        mask = torch.zeros(2, 1, 6, 6)
+        import stub_kernels
+
+        stub_kernels.calls.clear()
+        attention(Q, Q, Q, attn_mask=mask, backend="spy")
+        attention(Q, Q, Q, attn_mask=mask, backend="spy")
+        assert [options["attn_mask"].dtype for options in stub_kernels.calls] == [torch.bfloat16] * 2
+        with torch.autocast("cpu", enabled=False):
+            assert attention(Q, Q, Q).dtype == torch.float32
+    assert attention(Q, Q, Q).dtype == torch.float32
+
+
+def test_lse_is_detached_and_gradients_flow():
+    query = Q.clone().requires_grad_()
+    for backend in ("alpha", "native_math"):
+        out, lse = attention(query, Q, Q, return_lse=True, backend=backend)
+        assert out.requires_grad
+        assert not lse.requires_grad
+
+
+def test_the_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(call, "KINDS_REMEMBERED", 8)
+    call.forget()
+    for left in range(40):
+        attention(Q, Q, Q, window_size=(left, 1), backend="alpha")
+    assert len(call._memory) <= 8
+    call.forget()
+    for length in range(1, 40):
+        attention(Q[:, :1].expand(2, length, 4, 8), Q, Q, backend="alpha")
+    assert len(call._memory) <= 3
+
+
+def test_a_plan_is_the_call_and_takes_another_mask():
+    mask = torch.rand(2, 1, 6, 6) > 0.3
+    mask[..., 0] = True
+    planned = plan(Q, Q, Q, attn_mask=mask, scale=0.3, backend="native_math")
+    torch.testing.assert_close(planned(Q, Q, Q), attention(Q, Q, Q, attn_mask=mask, scale=0.3, backend="native_math"))
+    other = mask.flip(2)
+    found = planned(Q, Q, Q, attn_mask=other)
+    torch.testing.assert_close(found, attention(Q, Q, Q, attn_mask=other, scale=0.3, backend="native_math"))
+    assert planned.facts.mask == "bool"
+    assert planned.backend == "native_math"
+
+
+def test_a_plan_of_an_empty_call_and_under_autocast():
+    assert plan(Q[:, :0], Q, Q)(Q[:, :0], Q, Q).shape == (2, 0, 4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        planned = plan(Q, Q, Q)
+    assert planned(Q, Q, Q).dtype == torch.bfloat16
+
+
+def test_explain_has_every_backend_and_its_reasons():
+    found = explain(Q, Q, Q, softcap=2.0, backend="gamma")
+    verdicts = {verdict.name: verdict for verdict in found.verdicts}
+    assert verdicts["alpha"].admitted
+    assert not verdicts["gamma"].admitted
+    assert verdicts["gamma"].reasons == ("softcap: not supported: not declared",)
+    assert found.chosen is None
+    assert "softcap" in found.error
+    missing = [verdict for verdict in found.verdicts if verdict.status == "not installed"]
+    assert missing
+    assert all("pip install" in verdict.reasons[0] for verdict in missing)
+    assert "yes  alpha" in str(found)
+    assert explain(Q, Q, Q).chosen == "native"
+    set_backend("beta")
+    assert explain(Q, Q, Q).chosen_by == "set_backend"
+
+
+def test_explain_of_an_unknown_name_says_so_and_raises_nothing():
+    assert "nosuchbackend" in explain(Q, Q, Q, backend="nosuchbackend").error
+
+
+def test_a_vmapped_call_is_refused_unless_declared():
+    with pytest.raises(AttnError, match="vmap"):
+        torch.vmap(lambda query: attention(query, query, query, backend="gamma"))(Q[None])
+
+
+def test_threads_share_the_memory_safely():
+    from concurrent.futures import ThreadPoolExecutor
+
+    call.forget()
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(50):
+            length = int(torch.randint(1, 9, (), generator=generator))
+            query = torch.randn(1, length, 2, 8, generator=generator)
+            causal = bool(torch.randint(0, 2, (), generator=generator))
+            found = attention(query, query, query, causal=causal, backend="native_math")
+            again = attention(query, query, query, causal=causal, backend="native_math")
+            assert torch.equal(found, again)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))

@@ -1,0 +1,226 @@
+"""In compiled code the choice is right or loudly refused, never stale; and the same facts are compiled once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from attn_core import AttnError, KeyPadding, Packed, attention, bind, selection, set_backend, use_backend
+
+pytestmark = pytest.mark.usefixtures("stubs")
+
+Q = torch.randn(1, 4, 2, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def number_of(out):
+    number = out.flatten()[0].item()
+    return int(number) if bool((out == number).all()) else 0
+
+
+def compiled(function, **options):
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_switch_is_followed_after_compilation(dynamic):
+    call = compiled(lambda query: attention(query, query, query), dynamic=dynamic)
+    assert number_of(call(Q)) == 0
+    set_backend("alpha")
+    assert number_of(call(Q)) == 1
+    with use_backend("beta"):
+        assert number_of(call(Q)) == 2
+        with use_backend("gamma"):
+            assert number_of(call(Q)) == 3
+        assert number_of(call(Q)) == 2
+    assert number_of(call(Q)) == 1
+    set_backend(None)
+    assert number_of(call(Q)) == 0
+
+
+def test_the_environment_is_followed(monkeypatch):
+    call = compiled(lambda query: attention(query, query, query))
+    assert number_of(call(Q)) == 0
+    monkeypatch.setenv("ATTN_BACKEND", "beta")
+    assert number_of(call(Q)) == 2
+
+
+def test_the_name_of_the_call_is_followed():
+    call = compiled(lambda query, name: attention(query, query, query, backend=name))
+    assert [number_of(call(Q, name)) for name in ("alpha", "beta", ("gamma", "alpha"), "alpha")] == [1, 2, 3, 1]
+
+
+def test_another_thread_does_not_get_this_threads_scope():
+    call = compiled(lambda query: attention(query, query, query))
+    seen = []
+    with use_backend("alpha"):
+        assert number_of(call(Q)) == 1
+        thread = threading.Thread(target=lambda: seen.append(number_of(call(Q))))
+        thread.start()
+        thread.join()
+    assert seen == [0]
+
+
+def test_scopes_inside_compiled_code():
+    def three(query):
+        with use_backend("alpha"):
+            first = attention(query, query, query)
+            with use_backend("beta"):
+                second = attention(query, query, query)
+            third = attention(query, query, query)
+        return first, second, third, attention(query, query, query)
+
+    call = compiled(three)
+    assert [number_of(out) for out in call(Q)] == [1, 2, 1, 0]
+    with use_backend("gamma"):
+        assert [number_of(out) for out in call(Q)] == [1, 2, 1, 3]
+    assert selection.traced_scopes == []
+
+
+class Layer(torch.nn.Module):
+    def forward(self, query):
+        return attention(query, query, query)
+
+
+def test_bindings_inside_and_around_compiled_code():
+    model = torch.nn.ModuleList([Layer(), Layer()])
+    bind(model[0], "alpha")
+    call = compiled(lambda query: [layer(query) for layer in model])
+    assert [number_of(out) for out in call(Q)] == [1, 0]
+    bind(model[1], "beta")
+    assert [number_of(out) for out in call(Q)] == [1, 2]
+    binding = bind(model[0], "gamma")
+    assert [number_of(out) for out in call(Q)] == [3, 2]
+    binding.remove()
+    assert [number_of(out) for out in call(Q)] == [0, 2]
+
+    outer = torch.nn.Sequential(torch.compile(Layer(), fullgraph=True, backend="aot_eager"))
+    assert number_of(outer(Q)) == 0
+    bind(outer, "beta")
+    assert number_of(outer(Q)) == 2
+
+
+def test_a_second_call_does_not_compile_again_nor_does_an_eager_one_between():
+    counter = CompileCounter()
+    call = torch.compile(lambda query: attention(query, query, query, causal=True), fullgraph=True, backend=counter)
+    call(Q)
+    call(Q)
+    assert counter.frame_count == 1
+    attention(Q, Q, Q, causal=True)
+    attention(torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16), window_size=(1, 1))
+    with use_backend("alpha"):
+        attention(Q, Q, Q)
+    call(Q)
+    assert counter.frame_count == 1
+
+
+def test_dynamic_lengths_are_compiled_once():
+    counter = CompileCounter()
+    call = torch.compile(lambda query: attention(query, query, query), fullgraph=True, backend=counter, dynamic=True)
+    for length in (4, 7, 19, 64):
+        call(torch.randn(2, length, 2, 8))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_refusals_are_loud_in_compiled_code(fullgraph):
+    call = torch.compile(
+        lambda query: attention(query, query, query, softcap=2.0, backend="gamma"), fullgraph=fullgraph, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="softcap: not supported") as caught:
+        call(Q)
+    assert fullgraph or isinstance(caught.value, AttnError)
+
+
+def test_bad_input_is_refused_in_compiled_code():
+    call = torch.compile(lambda query, key: attention(query, key, key), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="batch: found 1 and 2|batch: found 1, 2"):
+        call(Q, torch.randn(2, 4, 2, 8))
+
+
+def test_options_masks_and_autocast_reach_the_adapter_in_compiled_code():
+    keep = torch.ones(1, 4, dtype=torch.bool)
+    offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
+    described = KeyPadding(keep)
+
+    def three(query, keep, scale):
+        inside = attention(query, query, query, attn_mask=KeyPadding(keep), scale=scale, backend="alpha")
+        around = attention(query, query, query, attn_mask=described, window_size=(2, -1), causal=True, backend="beta")
+        packed = attention(query, query, query, attn_mask=Packed(offsets), softcap=2, dropout_p=0.5, backend="alpha")
+        return inside, around, packed
+
+    call = compiled(three)
+    assert [number_of(out) for out in call(Q, keep, 0.5)] == [1, 2, 1]
+    assert [number_of(out) for out in call(Q, keep, 0.7)] == [1, 2, 1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [out.dtype for out in call(Q, keep, 0.7)] == [torch.bfloat16] * 3
+
+
+def test_lse_is_detached_in_compiled_code():
+    query = Q.clone().requires_grad_()
+    out, lse = compiled(lambda query: attention(query, query, query, return_lse=True, backend="alpha"))(query)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict):
+    class Model(torch.nn.Module):
+        def forward(self, query):
+            return attention(query, query, query, causal=True)
+
+    lengths = {1: torch.export.Dim("length", min=2, max=64)}
+    program = torch.export.export(Model(), (torch.randn(1, 8, 2, 8),), dynamic_shapes=(lengths,), strict=strict)
+    other = torch.randn(1, 13, 2, 8)
+    torch.testing.assert_close(program.module()(other), attention(other, other, other, causal=True))
+
+
+FIRST_CALL = """
+import torch, attn_core
+q = torch.randn(1, 4, 2, 8)
+call = torch.compile(lambda q: attn_core.attention(q, q, q, causal=True), fullgraph=True, backend="aot_eager")
+found = call(q)
+torch.testing.assert_close(found, attn_core.attention(q, q, q, causal=True))
+with attn_core.use_backend("native_math"):
+    call(q)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("order", ["import torch, attn_core", "import attn_core, torch"])
+def test_the_very_first_call_of_a_process_may_be_compiled(order):
+    code = FIRST_CALL.replace("import torch, attn_core", order)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "right", run.stderr
+
+
+def test_without_guarded_objects_the_default_is_followed_and_an_open_scope_refused(monkeypatch):
+    """What an older torch gets: two guarded globals, and a refusal in the second case."""
+    monkeypatch.setattr(selection, "guarded_choice", None)
+    call = compiled(lambda query: attention(query, query, query))
+    assert number_of(call(Q)) == 0
+    set_backend("alpha")
+    assert number_of(call(Q)) == 1
+    with use_backend("beta"), pytest.raises(Exception, match="scope of use_backend or bind is open"):
+        call(Q)
+    assert number_of(call(Q)) == 1
+    inside = compiled(lambda query: scoped(query))
+    assert number_of(inside(Q)) == 2
+    with use_backend("beta"):
+        assert number_of(compiled(lambda query: attention(query, query, query, backend="gamma"))(Q)) == 3
+
+
+def scoped(query):
+    with use_backend("beta"):
+        return attention(query, query, query)
