@@ -1,0 +1,199 @@
+"""Says for each backend that is known whether it admits a call, and every reason why not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core import registry, selection
+from attn_core.admission import refusals
+from attn_core.errors import AttnError, CallRefused
+from attn_core.reading import read
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from attn_core.facts import Facts
+    from attn_core.masks import Description
+    from attn_core.registry import Row
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend says of the call.
+
+    Attributes:
+        name: the backend.
+        status: as ``attn list-backends`` has it, or "not installed".
+        admitted: whether it would run the call here and now.
+        reasons: why not, each with the value found and the values accepted; empty when admitted.
+        distribution: the wheel that brings it.
+    """
+
+    name: str
+    status: str
+    admitted: bool
+    reasons: tuple[str, ...]
+    distribution: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of ``explain``: structured, and readable as text.
+
+    Attributes:
+        facts: the facts of the call, or None where the call itself makes no sense.
+        refusal: why the call makes no sense whoever computes it, or None.
+        chosen: the backend that ``attention`` would run, or None.
+        chosen_by: who chose: the call, a scope, the process, the environment or the default.
+        error: the error that ``attention`` would raise, as text, or None.
+        verdicts: one for each backend that is known.
+    """
+
+    facts: Facts | None
+    refusal: str | None
+    chosen: str | None
+    chosen_by: str
+    error: str | None
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        if self.refusal is not None:
+            return f"The call is refused, whichever backend is chosen: {self.refusal}"
+        width = max((len(verdict.name) for verdict in self.verdicts), default=0)
+        lines = [f"Call: {_shown(self.facts)}"] if self.facts is not None else []
+        lines.append(
+            f"Runs on: {self.chosen} (chosen by {self.chosen_by})" if self.chosen else f"Refused (chosen by {self.chosen_by}): {self.error}"
+        )
+        for verdict in self.verdicts:
+            mark = "yes" if verdict.admitted else "no "
+            lines.append(f"  {mark}  {verdict.name.ljust(width)}  {'; '.join(verdict.reasons)}".rstrip())
+        return "\n".join(lines)
+
+    def as_data(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)
+
+
+def explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | Sequence[str] | None = None,
+    parallel: None = None,
+) -> Explanation:
+    """Say what ``attention`` would do with the same arguments, and what every backend says of the call.
+
+    Covers backends that are not installed or not usable here too. Nothing is computed, nothing is raised for a call that
+    would be refused.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(1, 16, 4, 8)
+        >>> explain(q, q, q, softcap=30.0, backend="native").chosen is None
+        True
+    """
+    options = {
+        "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
+        "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+    }  # fmt: skip
+    try:
+        facts = read(query, key, value, options).facts
+    except CallRefused as error:
+        return Explanation(None, str(error), None, "the call", str(error), ())
+    return explain_facts(facts, backend)
+
+
+def explain_shapes(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], dtype: str, device: str, **options: Any
+) -> Explanation:
+    """``explain`` for tensors that are only described, on a device that need not be here."""
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        msg = f"dtype: found {dtype!r}; accepted: a dtype of torch such as bfloat16, float16, float32"
+        raise CallRefused(msg)
+    backend = options.pop("backend", None)
+    tensors = [torch.empty(tuple(shape), dtype=kind, device="meta") for shape in (query, key, value)]
+    try:
+        facts = read(*tensors, options).facts
+    except CallRefused as error:
+        return Explanation(None, str(error), None, "the call", str(error), ())
+    return explain_facts(replace(facts, **_device_facts(device)), backend)
+
+
+def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None) -> Explanation:
+    """``explain`` from the facts of a call."""
+    verdicts = tuple(_verdict(row, facts) for row in registry.known_rows())
+    choice = selection.in_force() if backend is None else selection.normalized(backend)
+    chosen_by = "the call" if backend is not None else selection.origin(choice)
+    chosen, errors = None, []
+    for name in selection.listed(choice):
+        try:
+            row = registry.find(name)
+        except AttnError as error:
+            errors.append(str(error))
+            continue
+        reasons = refusals(row.spec, facts)  # type: ignore[arg-type]
+        if not reasons:
+            chosen = row.name
+            break
+        errors.append(f"{row.name}: {'; '.join(reasons)}")
+    return Explanation(facts, None, chosen, chosen_by, None if chosen else "\n".join(errors), verdicts)
+
+
+def _verdict(row: Row, facts: Facts) -> Verdict:
+    reasons = [] if row.status == registry.AVAILABLE else [_status_reason(row)]
+    if row.spec is not None:
+        reasons += refusals(row.spec, facts)
+    return Verdict(row.name, row.status, not reasons, tuple(reasons), row.distribution)
+
+
+def _status_reason(row: Row) -> str:
+    return ": ".join(part for part in (row.status, row.reason, row.next_step) if part)
+
+
+def _device_facts(device: str) -> dict[str, Any]:
+    from attn_core.facts import PLATFORMS
+    from attn_core.reading import device_facts
+
+    platform = device.partition(":")[0]
+    if platform not in PLATFORMS:
+        msg = f"device: found {device!r}; accepted: {', '.join(PLATFORMS)}"
+        raise CallRefused(msg)
+    if platform == "cuda" and torch.cuda.is_available():
+        return device_facts(torch.device(device))
+    return {"platform": platform, "compute_capability": None}
+
+
+_SHOWN = ("causal", "window_size", "softcap", "dropout", "deterministic", "return_lse", "backward", "mask_gradient", "compiled")
+
+
+def _shown(facts: Facts | None) -> str:
+    if facts is None:
+        return ""
+    parts = [
+        facts.platform + (" {}.{}".format(*facts.compute_capability) if facts.compute_capability else ""),
+        facts.dtype,
+        f"{facts.heads} heads" + (f" on {facts.key_heads} key heads" if facts.gqa else ""),
+        f"head_dim {facts.head_dim}" + (f", value {facts.value_head_dim}" if facts.value_head_dim != facts.head_dim else ""),
+        f"lengths {facts.lengths}",
+        f"mask {facts.mask}",
+    ]
+    for name in _SHOWN:
+        found = getattr(facts, name)
+        if found is True:
+            parts.append(name)
+        elif found:
+            parts.append(f"{name} {found}")
+    return ", ".join(parts)
