@@ -1,0 +1,210 @@
+"""attn as an attention implementation of transformers (5.0 and later): ``attn_implementation="attn"``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from attn_core import CallRefused, Packed, attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "inputs_embeds",
+        "is_first_iteration",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""Keywords that models hand down to attention and that do not change what attention computes."""
+
+
+def register(name: str = "attn", *, backend: str | Sequence[str] | None = None) -> None:
+    """Register attn with transformers, attention and masks both.
+
+    Args:
+        name: what ``attn_implementation=`` calls it. It must not contain "flash", which would make transformers look for
+            the package flash-attn.
+        backend: a backend, or several in order of preference, for this name; None follows the rules of selection
+            (scopes, bindings, ``set_backend``, ``ATTN_BACKEND``).
+
+    Raises:
+        CallRefused: for a name that transformers would take for something else.
+
+    Example:
+        >>> register()
+        >>> register("attn_math", backend="native_math")
+    """
+    if "flash" in name.lower() or "/" in name or "|" in name:
+        msg = (
+            f"register: found the name {name!r}; accepted: a name without 'flash', '/' and '|', which transformers reads "
+            'as a package or kernel of its own. Choose another, such as "attn_fast", with backend='
+        )
+        raise CallRefused(msg)
+    AttentionInterface.register(name, partial(attention_forward, backend=backend))
+    AttentionMaskInterface.register(name, attention_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    backend: str | Sequence[str] | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute one attention layer of a transformers model.
+
+    Args:
+        module: the layer; its ``is_causal`` counts where the argument is None.
+        query: (B, Hq, Sq, D).
+        key: (B, Hkv, Skv, D).
+        value: (B, Hkv, Skv, Dv).
+        attention_mask: what ``attention_mask`` below made, or the user's own 4-D mask. It holds the window already.
+        dropout: probability to drop.
+        scaling: of the scores; None is 1/sqrt(D).
+        is_causal: whether a missing mask means causal.
+        sliding_window: how many keys a query sees, its own included; counts where there is no mask.
+        softcap: of the scores, before masking.
+        cu_seq_lens_q: offsets of sequences laid end to end; count where there is no mask.
+        cu_seq_lens_k: the same among the keys.
+        max_length_q: the longest of these.
+        max_length_k: the same among the keys.
+        backend: as in ``attention``.
+        others: keywords that models hand down; harmless ones are ignored, every other is refused unless it is None.
+
+    Returns:
+        (B, Sq, Hq, Dv), and None for the probabilities.
+    """
+    _refuse_unknown(others)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    mask: Any = attention_mask
+    window = None
+    if mask is not None:
+        causal = False
+    elif cu_seq_lens_q is not None:
+        mask = Packed(cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k)
+    if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+        window = _causal_window(sliding_window, causal=causal)
+    out = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        causal=causal,
+        scale=scaling,
+        window_size=window,
+        softcap=softcap,
+        dropout_p=dropout,
+        backend=backend,
+    )
+    return out, None
+
+
+def _causal_window(sliding_window: int, *, causal: bool) -> tuple[int, int]:
+    if causal:
+        return (sliding_window - 1, -1)
+    msg = (
+        f"sliding_window: found {sliding_window} without a mask on a layer that is not causal; models differ in what that "
+        "means, so the mask has to come from transformers' mask functions"
+    )
+    raise CallRefused(msg)
+
+
+def _refuse_unknown(others: dict[str, Any]) -> None:
+    if others.get("output_attentions"):
+        msg = 'output_attentions: attn returns no probabilities; use attn_implementation="eager" for them'
+        raise CallRefused(msg)
+    for name, value in others.items():
+        if value is not None and name not in HARMLESS and name != "output_attentions":
+            msg = (
+                f"transformers handed the keyword {name!r} to attention, and attn does not know what it means, so it can't "
+                f"ignore it; this model needs another attn_implementation. Ignored as harmless: {', '.join(sorted(HARMLESS))}"
+            )
+            raise CallRefused(msg)
+
+
+def attention_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **others: Any,
+) -> torch.Tensor | None:
+    """Make the mask of a layer type, as transformers asks for it once per forward.
+
+    None is returned only where the layer's own "causal" (bottom-right) or "everything" says the same: no padding, no
+    window that cuts, and for causal the last query on the last key. A static cache, whose empty slots lie behind the
+    last query, always gets a mask.
+
+    Returns:
+        None, or bool broadcastable to (B, 1, Sq, Skv), True may attend. Padding alone is (B, 1, 1, Skv).
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length].bool()
+    cuts = local_size is not None and kv_length >= local_size
+    skip = allow_is_bidirectional_skip or (
+        allow_is_causal_skip and _is_plain(q_offset) and q_offset + q_length == kv_offset + kv_length
+    )
+    if skip and not cuts and _keeps_everything(padding):
+        return None
+    if mask_function is bidirectional_mask_function and padding is not None:
+        return padding[:, None, None, :]
+    return sdpa_mask(  # type: ignore[no-any-return]
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **others,
+    )
+
+
+def _is_plain(offset: int | torch.Tensor) -> bool:
+    """Whether the offset may be read: a number, or a tensor outside traced code."""
+    return not isinstance(offset, torch.Tensor) or not torch.compiler.is_compiling()
+
+
+def _keeps_everything(padding: torch.Tensor | None) -> bool:
+    """Whether no key is padding; values are not read in traced code."""
+    if padding is None:
+        return True
+    return not torch.compiler.is_compiling() and bool(padding.all())
