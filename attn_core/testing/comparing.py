@@ -1,0 +1,165 @@
+"""Holds one drawn call to the reference: right within tolerance, or refused."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core.errors import AttnError
+from attn_core.testing.reference import reference
+from attn_core.testing.tolerances import assert_close, bounds, rounding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attn_core.testing.building import Built
+    from attn_core.testing.drawing import Case
+
+
+def compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
+    """Make the call and compare everything that comes back with the reference.
+
+    Args:
+        case: the call.
+        call: takes what ``attention`` takes, such as ``partial(attention, backend="native")``.
+
+    Returns:
+        None where the call is right, the refusal where it was refused.
+
+    Raises:
+        AssertionError: result, lse or a gradient is off, an input was changed, the result aliases an input, ...; what else the
+            call raises passes through.
+    """
+    built = case.build()
+    before = {name: _bits(tensor) for name, tensor in built.inputs().items()}
+    try:
+        result = _call(case, built, call)
+    except AttnError as refusal:
+        assert str(refusal).strip(), "a refusal says why"
+        return refusal
+    assert case.spoiled is None, f"{case.spoiled}: admitted"
+    out, lse = result if case.return_lse else (result, None)
+    _check_results(case, built, out, lse)
+    found = _gradients(case, built, out)
+    _check_numbers(case, built, out, lse, found)
+    if case.deterministic:
+        _check_same_bits(case, built, call, out, found)
+    for name, tensor in built.inputs().items():
+        assert _same(before[name], _bits(tensor)), f"{name} was changed by the call"
+    return None
+
+
+def _call(case: Case, built: Built, call: Callable[..., Any]) -> Any:
+    device = torch.device(case.device).type
+    autocast = nullcontext() if case.autocast is None else torch.autocast(device, getattr(torch, case.autocast))
+    with autocast, torch.set_grad_enabled(case.grad_mode):
+        return call(built.query, built.key, built.value, **built.options)
+
+
+def _bits(tensor: Any) -> Any:
+    return (tensor._version, tensor.detach().clone()) if isinstance(tensor, torch.Tensor) else None
+
+
+def _same(before: Any, after: Any) -> bool:
+    return before is None or (before[0] == after[0] and bool(before[1].equal(after[1])))
+
+
+def effective(case: Case) -> torch.dtype:
+    """The dtype that the kernel is given."""
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    return dtype if case.autocast is None or dtype == torch.float64 else getattr(torch, case.autocast)
+
+
+def _check_results(case: Case, built: Built, out: Any, lse: Any) -> None:
+    dtype = effective(case)
+    batch, queries, heads, _ = built.query.shape
+    assert isinstance(out, torch.Tensor), f"the result is {type(out).__name__}"
+    assert out.shape == (batch, queries, heads, built.value.shape[3]), f"shape of the result: {tuple(out.shape)}"
+    assert out.dtype == dtype, f"dtype of the result: {out.dtype}"
+    assert out.device == built.query.device
+    graph = case.grad_mode and any(tensor.requires_grad for tensor in built.inputs().values())
+    assert out.requires_grad == graph, f"the result requires_grad={out.requires_grad}"
+    if lse is not None:
+        assert lse.shape == (batch, heads, queries), f"shape of lse: {tuple(lse.shape)}"
+        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), f"dtype of lse: {lse.dtype}"
+        assert not lse.requires_grad, "lse is not detached"
+    _check_storage(built, out, lse)
+
+
+def _check_storage(built: Built, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Nothing returned shares memory with an input, nor with another result, nor within itself."""
+    taken = {_address(tensor): name for name, tensor in built.inputs().items() if tensor.numel()}
+    for name, tensor in {"result": out, "lse": lse}.items():
+        if tensor is None or not tensor.numel():
+            continue
+        assert _address(tensor) not in taken, f"{name} shares memory with {taken[_address(tensor)]}"
+        taken[_address(tensor)] = name
+        overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        assert not overlaps, f"{name} is expanded"
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _wanted(built: Built) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in built.inputs().items() if tensor.requires_grad}
+
+
+def _gradients(case: Case, built: Built, out: torch.Tensor) -> dict[str, torch.Tensor]:
+    wanted = _wanted(built)
+    if not wanted or not case.grad_mode:
+        return {}
+    found = torch.autograd.grad(out, list(wanted.values()), built.grad_out.to(out.dtype))
+    return dict(zip(wanted, found, strict=True))
+
+
+def _check_numbers(
+    case: Case, built: Built, out: torch.Tensor, lse: torch.Tensor | None, found: dict[str, torch.Tensor]
+) -> None:
+    dtype = effective(case)
+    inputs = {name: _given(tensor, case).requires_grad_(name in found) for name, tensor in built.inputs().items() if name in _FLOATING}
+    options = {name: option for name, option in built.options.items() if name not in ("deterministic", "return_lse")}
+    if isinstance(options.get("attn_mask"), torch.Tensor):
+        options["attn_mask"] = inputs["attn_mask"]
+    tensors = inputs["query"], inputs["key"], inputs["value"]
+    expected, expected_lse = reference(*tensors, **options)
+    grad_out = built.grad_out.to(out.dtype) if found else None
+    allowed = bounds(*tensors, grad_out=grad_out, dtype=dtype, **options)
+    assert_close(out, expected, dtype, "result", bound=allowed.out)
+    if lse is not None:
+        assert_close(lse, expected_lse, dtype, "lse", bound=allowed.lse)
+    if found:
+        wanted = torch.autograd.grad(expected, [inputs[name] for name in found], built.grad_out.to(out.dtype).double())
+        for name, gradient in zip(found, wanted, strict=True):
+            given = built.inputs()[name].dtype
+            assert found[name].dtype == given, f"dtype of the gradient of {name}: {found[name].dtype}"
+            bound = getattr(allowed, name) + rounding(gradient, given)
+            assert_close(found[name], gradient, dtype, f"gradient of {name}", bound=bound)
+
+
+_FLOATING = ("query", "key", "value", "attn_mask")
+
+
+def _given(tensor: torch.Tensor, case: Case) -> torch.Tensor:
+    """What the kernel is given of an input, after autocast, as exact float64 (bool masks as they are)."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    if case.autocast is not None and tensor.dtype != torch.float64:
+        tensor = tensor.to(getattr(torch, case.autocast))
+    return tensor.double().clone()
+
+
+def _check_same_bits(
+    case: Case, built: Built, call: Callable[..., Any], out: torch.Tensor, found: dict[str, torch.Tensor]
+) -> None:
+    again = _call(case, built, call)
+    again = again[0] if case.return_lse else again
+    assert torch.equal(out, again), "not the same result twice"
+    for name, gradient in _gradients(case, built, again).items():
+        assert torch.equal(found[name], gradient), f"not the same gradient of {name} twice"
+    if out.numel():
+        assert _address(out) != _address(again), "two results share memory"
