@@ -1,0 +1,261 @@
+"""Which row a name means: names, aliases, ``distribution:name``, and what to say where it means none or several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from threading import RLock
+from typing import TYPE_CHECKING
+
+from attn_core import installed
+from attn_core.discovery import discover
+from attn_core.errors import BackendNotUsable
+from attn_core.known import first_wheel, known_wheels
+from attn_core.record import (
+    AMBIGUOUS,
+    AVAILABLE,
+    BROKEN,
+    DISABLED,
+    INCOMPATIBLE,
+    MISSING,
+    NOT_INSTALLED,
+    UNSUPPORTED,
+    WORKS,
+    Row,
+)
+from attn_core.switches import Switches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "AMBIGUOUS",
+    "AVAILABLE",
+    "BROKEN",
+    "DISABLED",
+    "INCOMPATIBLE",
+    "MISSING",
+    "NOT_INSTALLED",
+    "UNSUPPORTED",
+    "WORKS",
+    "Row",
+    "close_match",
+    "find",
+    "known_rows",
+    "knows",
+    "list_backends",
+    "probe",
+    "refresh",
+    "rows",
+]
+
+_LIST = "attn list-backends shows what is installed"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What discovery found: each row by itself, and as it is shown where several claim its name."""
+
+    own: tuple[Row, ...]
+    shown: tuple[Row, ...]
+
+
+_lock = RLock()
+_state: dict[str, Table | None] = {}
+_LOOKING = "looking"
+_TABLE = "table"
+
+
+def list_backends(*, probe: bool = False) -> list[Row]:
+    """A row for each backend of each installed wheel, in order of name.
+
+    Args:
+        probe: also try each available one on this machine, which imports torch and loads each kernel.
+
+    Example:
+        >>> [row.status for row in list_backends() if row.name == "native"]
+        ['available']
+    """
+    return [_tried(row) for row in rows()] if probe else list(rows())
+
+
+def probe(row: Row) -> Row:
+    """Try an available backend with one tiny call on this machine: works, unsupported or broken. Other rows stay."""
+    return _tried(row)
+
+
+def _tried(row: Row) -> Row:
+    from attn_core.probe import probe  # imports torch
+
+    return probe(row)
+
+
+def rows() -> tuple[Row, ...]:
+    """Every row, discovered once in this process."""
+    return _table().shown
+
+
+def known_rows() -> tuple[Row, ...]:
+    """Every row, and one for each backend of a wheel that attn knows of and that is not installed."""
+    return (*rows(), *_rows_elsewhere())
+
+
+def refresh() -> None:
+    """Forget everything, so that the next question looks again."""
+    with _lock:
+        _state.clear()
+        installed.forget()
+
+
+def find(name: str) -> Row:
+    """Find the available backend that a name means: a name, an alias or ``distribution:name``.
+
+    Raises:
+        BackendNotUsable: nobody or several have that name, or its backend is not available; the message says what to do.
+
+    Example:
+        >>> find("attn-native:native").name
+        'native'
+    """
+    found = _meant_by(name)
+    if not found:
+        raise BackendNotUsable(_unknown(name))
+    if len(found) > 1:
+        raise BackendNotUsable(_claimed(name, found))
+    if found[0].status != AVAILABLE:
+        raise BackendNotUsable(_unavailable(name, found[0]))
+    return found[0]
+
+
+def knows(name: str) -> bool:
+    """Whether a name means something: an installed backend, usable or not, or one of a known wheel."""
+    return bool(_meant_by(name)) or any(name == row.name for row in _rows_elsewhere())
+
+
+def close_match(name: str) -> str | None:
+    """Find the known name that a mistyped one comes closest to, if any comes close."""
+    from difflib import get_close_matches
+
+    known = {row.name for row in known_rows()}.union(*(row.aliases for row in rows()))
+    if ":" in name:
+        known = {row.qualified_name for row in rows()}
+    matches = get_close_matches(name.lower(), sorted(known), n=1)
+    return matches[0] if matches else None
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _table() -> Table:
+    found = _state.get(_TABLE)
+    return found if found is not None else _discovered()
+
+
+def _discovered() -> Table:
+    with _lock:
+        found = _state.get(_TABLE)
+        if found is not None:
+            return found
+        if _LOOKING in _state:
+            msg = "a declaration asked for the list of backends, which is made from the declarations; let it ask later"
+            raise BackendNotUsable(msg)
+        _state[_LOOKING] = None
+        try:
+            switches = Switches.from_environment()
+            own = discover(switches, known_wheels() if switches.only else {})
+        finally:
+            del _state[_LOOKING]
+        found = _state[_TABLE] = Table(own, tuple(_shown(row, own) for row in own))
+        return found
+
+
+def _claims(row: Row) -> bool:
+    return row.spec is not None and row.status != DISABLED
+
+
+def _shown(row: Row, own: Iterable[Row]) -> Row:
+    if not _claims(row):
+        return row
+    claimants = [other for other in own if _claims(other) and other.name == row.name]
+    if len(claimants) == 1:
+        return row
+    reason = f"claimed by {_listed(other.distribution or '' for other in claimants)}"
+    return replace(row, status=AMBIGUOUS, reason=reason, next_step=_either(claimants))
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _meant_by(name: str) -> list[Row]:
+    """Find the rows that a name may mean. A name beats an alias, and a declared backend beats an entry point that failed."""
+    own: Iterable[Row] = _table().own
+    owner, colon, word = name.partition(":")
+    if colon:
+        own = [row for row in own if row.distribution == installed.normalized(owner)]
+    else:
+        word = name
+    declared = [row for row in own if row.spec is not None]
+    for matches in (
+        [row for row in declared if row.name == word],
+        [row for row in declared if word in row.aliases],
+    ):
+        if matches:
+            return [row for row in matches if row.status != DISABLED] or matches
+    return [row for row in own if row.spec is None and row.name == word][:1]
+
+
+def _claimed(name: str, found: list[Row]) -> str:
+    owners = _listed(row.distribution or "" for row in found)
+    return f"backend {name!r} is ambiguous: claimed by {owners}, and none of them wins: {_either(found)}"
+
+
+def _either(claimants: Iterable[Row]) -> str:
+    names = " or ".join(dict.fromkeys(row.qualified_name for row in claimants))
+    return f"write {names}, or switch one off with ATTN_DISABLE"
+
+
+def _unavailable(name: str, row: Row) -> str:
+    alias = "" if row.name in (name, name.partition(":")[2]) else f" (alias {name})"
+    return f"backend {row.name}{alias} of {row.distribution} {row.version} is {row.status}: {row.reason}. Next: {row.next_step}"
+
+
+def _unknown(name: str) -> str:
+    for row in _rows_elsewhere():
+        if row.name == name:
+            return f"backend {name!r} comes with {row.distribution}, which is not installed: {row.next_step}"
+    for wheel, names in known_wheels().items():
+        if name in names:
+            return _not_brought(name, wheel)
+    if not rows():
+        return f"backend {name!r} is not known, and no backend wheel is installed: pip install {first_wheel()}"
+    match = close_match(name)
+    hint = (
+        f" Did you mean {match!r}?"
+        if match
+        else f" Known here: {', '.join(dict.fromkeys(row.name for row in rows()))}."
+    )
+    return f"backend {name!r} is not known.{hint} {_LIST}"
+
+
+def _not_brought(name: str, wheel: str) -> str:
+    """Say why a wheel that is installed does not bring what it is known for."""
+    failed = [row for row in rows() if row.distribution == wheel and row.spec is None]
+    if failed:
+        row = failed[0]
+        return f"backend {name!r} comes with {wheel} {row.version}, which is {row.status}: {row.reason}. Next: {row.next_step}"
+    version = installed.installed()[wheel].version
+    step = f"pip install --upgrade {wheel}"
+    return f"backend {name!r} comes with another version of {wheel} than {version}, which is installed: {step}"
+
+
+def _listed(distributions: Iterable[str]) -> str:
+    return " and ".join(sorted(set(distributions)))
+
+
+def _rows_elsewhere() -> list[Row]:
+    here = installed.installed()
+    return [
+        Row(name, NOT_INSTALLED, f"comes with {wheel}", f"pip install {wheel}", wheel)
+        for wheel, names in known_wheels().items()
+        if wheel not in here
+        for name in names
+    ]
