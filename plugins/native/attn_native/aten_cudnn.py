@@ -1,0 +1,174 @@
+"""cuDNN's attention, as torch wraps it: top-left causal, GQA, dropout; the other corner is made here."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core.errors import CallRefused
+from attn_native import aten_corner
+from attn_native.aten_inputs import aligned, infinite_lse, needs_graph, positive_scale, query_sign, widened
+
+if TYPE_CHECKING:
+    from attn_native.aten_inputs import Tensors
+
+_CUDNN = torch._scaled_dot_product_cudnn_attention  # type: ignore[attr-defined]
+_CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,  # noqa: ARG001 - the forward always is; the backward is refused
+    return_lse: bool = False,
+) -> Any:
+    """Attention (B, Sq, Hq, Dv) with its graph, and its lse (B, Hq, Sq) where asked.
+
+    Args:
+        query: (B, Sq, Hq, D), float16 or bfloat16.
+        key: (B, Skv, Hkv, D), Skv of 2 and up.
+        value: (B, Skv, Hkv, Dv).
+        scale: factor of the scores.
+        causal: bottom-right.
+        dropout_p: drawn from the device's generator; the backward draws the same. Not with causal and unequal lengths.
+        deterministic: accepted without a backward.
+        return_lse: whether the lse is returned too.
+
+    Raises:
+        CallRefused: cuDNN has no kernel for a single key, or a single query with dropout.
+    """
+    if causal and query.shape[1] != key.shape[1]:
+        if query.shape[1] > 1:
+            _check_corner(query, key)
+            return aten_corner.forward((forward, backward), query, key, value, scale=scale, return_lse=return_lse)
+        causal = False  # one query at the end sees every key
+    _check_lengths(query, key, dropout_p)
+    if scale <= 0.0:
+        query, scale = positive_scale(query, scale)
+    width = value.shape[3]
+    query, key, value = _prepared(query, key, value)
+    graph = needs_graph(query, key, value)
+    out, lse = _CUDNN(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        return_lse or graph,
+        dropout_p,
+        causal,
+        False,
+        scale=scale,
+    )[:2]
+    out = out.transpose(1, 2)
+    if graph and not torch.compiler.is_dynamo_compiling():
+        # torch reuses its cuDNN backward by the strides of query, key and value alone; a gradient of other strides than
+        # the first one's would be read wrongly
+        out.register_hook(torch.Tensor.contiguous)
+    if value.shape[3] != width:
+        out = out[..., :width]
+    return (out, lse.reshape(lse.shape[:3])) if return_lse else out
+
+
+def backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    attn_mask: None = None,  # noqa: ARG001 - aten_corner's backwards have one
+) -> Tensors:
+    """The gradients of query, key and value; ``out`` and ``lse`` may be those of a longer key sequence."""
+    if causal and query.shape[1] != key.shape[1]:
+        if query.shape[1] > 1:
+            return aten_corner.backward(  # type: ignore[no-any-return]
+                backward, grad_out, query, key, value, out, lse, attn_mask=None, scale=scale
+            )
+        causal = False
+    sign = 1.0
+    if scale <= 0.0:
+        sign = query_sign(scale)
+        query, scale = positive_scale(query, scale)
+    head_dim, value_head_dim = query.shape[3], value.shape[3]
+    query, key, value = _prepared(query, key, value)
+    stats = infinite_lse(lse).contiguous()
+    no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
+    grads = _CUDNN_BACKWARD(
+        _dense(widened(grad_out, value.shape[3])).transpose(1, 2),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        _dense(widened(out, value.shape[3])).transpose(1, 2),
+        stats.unsqueeze(-1) if _stats_rank(query.device) > stats.dim() else stats,
+        no_dropout,
+        no_dropout,
+        None,
+        None,
+        None,
+        query.shape[1],
+        key.shape[1],
+        0.0,
+        causal,
+        scale=scale,
+    )
+    grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)
+    return (
+        grad_query[..., :head_dim] if sign == 1.0 else grad_query[..., :head_dim] * sign,
+        grad_key[..., :head_dim],
+        grad_value[..., :value_head_dim],
+    )
+
+
+def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
+    head_dim, value_head_dim = query.shape[3], value.shape[3]
+    if head_dim % 8:
+        query, key = widened(query, head_dim + -head_dim % 8), widened(key, head_dim + -head_dim % 8)
+    if value_head_dim % 8:
+        value = widened(value, value_head_dim + -value_head_dim % 8)
+    return _unexpanded(query), _unexpanded(key), _unexpanded(value)
+
+
+def _unexpanded(tensor: torch.Tensor) -> torch.Tensor:
+    batch, rows, heads, _ = tensor.stride()
+    if batch == 0 or rows == 0 or heads == 0:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return aligned(tensor)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return aligned(tensor.contiguous())
+
+
+@lru_cache
+def _stats_rank(device: torch.device) -> int:
+    """How many dimensions torch's cuDNN ops give the lse: 3 in older versions, 4 in newer ones, and no way to ask."""
+    probe = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=device)
+    return int(_CUDNN(probe, probe, probe, None, True)[1].dim())
+
+
+def _check_lengths(query: torch.Tensor, key: torch.Tensor, dropout_p: float) -> None:
+    if key.shape[1] == 1 or (query.shape[1] == 1 and dropout_p):
+        msg = (
+            f"native_cudnn: found {query.shape[1]} queries on {key.shape[1]} keys with dropout_p={dropout_p}; cuDNN accepts "
+            "2 keys and up, and with dropout 2 queries and up. Use native or native_flash"
+        )
+        raise CallRefused(msg)
+
+
+def _check_corner(query: torch.Tensor, key: torch.Tensor) -> None:
+    if key.shape[1] == query.shape[1] + 1 or key.shape[1] == 1:
+        msg = (
+            f"native_cudnn: found causal with {query.shape[1]} queries on {key.shape[1]} keys, which leaves one key on a side "
+            "of the corner; cuDNN accepts 2 keys and up. Use native or native_flash"
+        )
+        raise CallRefused(msg)

@@ -1,0 +1,189 @@
+"""torch's memory-efficient CUDA kernel (CUTLASS, from xformers): any head dim, float32 too, additive masks with a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+
+from attn_native.aten_inputs import (
+    aligned,
+    infinite_lse,
+    positive_scale,
+    query_sign,
+    repeated_heads,
+    summed_heads,
+    widened,
+)
+from attn_native.aten_masks import Mask, additive, hide_blind, rows
+
+if TYPE_CHECKING:
+    from attn_native.aten_inputs import Tensors
+
+_EFFICIENT = torch.ops.aten._efficient_attention_forward.default
+_EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default
+
+_NO_CUSTOM_MASK, _TOP_LEFT, _BOTTOM_RIGHT = 0, 1, 2
+_LSE_ROWS = 32
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,  # noqa: ARG001 - the forward always is; the backward is refused
+    return_lse: bool = False,
+) -> Any:
+    """Attention (B, Sq, Hq, Dv) with its graph, the mask's included, and its lse (B, Hq, Sq) where asked.
+
+    Args:
+        query: (B, Sq, Hq, D).
+        key: (B, Skv, Hkv, D).
+        value: (B, Skv, Hkv, Dv).
+        scale: factor of the scores.
+        attn_mask: bool, float of query's dtype, or ``KeyPadding``.
+        causal: bottom-right.
+        dropout_p: drawn from the device's generator; the backward draws the same.
+        deterministic: accepted without a backward.
+        return_lse: whether the lse is returned too.
+    """
+    blind = query.shape[1] - key.shape[1]
+    if causal and blind > 0:
+        result = forward(
+            query[:, blind:],
+            key,
+            value,
+            scale=scale,
+            attn_mask=rows(attn_mask, blind),
+            causal=True,
+            dropout_p=dropout_p,
+            return_lse=return_lse,
+        )
+        return _with_blind(result, blind, return_lse=return_lse)
+    if scale <= 0.0:
+        query, scale = positive_scale(query, scale)
+    width = value.shape[3]
+    query, key, value = _prepared(query, key, value)
+    out, lse = _EFFICIENT(
+        query,
+        key,
+        value,
+        None if attn_mask is None else _bias(attn_mask, query, key),
+        None,
+        None,
+        query.shape[1],
+        key.shape[1],
+        dropout_p,
+        _mask_type(query, key, causal=causal),
+        True,  # the op's own backward needs the lse
+        scale=scale,
+    )[:2]
+    if value.shape[3] != width:
+        out = out[..., :width]
+    if not return_lse:
+        return out
+    return out, hide_blind(lse[..., : query.shape[1]], attn_mask, keys=key.shape[1], causal=causal)
+
+
+def backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask = None,
+    causal: bool = False,
+) -> Tensors:
+    """The gradients of query, key and value; ``out`` and ``lse`` may be those of a longer key sequence."""
+    blind = query.shape[1] - key.shape[1]
+    if causal and blind > 0:
+        grads = backward(
+            grad_out[:, blind:],
+            query[:, blind:],
+            key,
+            value,
+            out[:, blind:],
+            lse[:, :, blind:],
+            scale=scale,
+            attn_mask=rows(attn_mask, blind),
+            causal=True,
+        )
+        return pad(grads[0], (0, 0, 0, 0, blind, 0)), grads[1], grads[2]
+    sign = 1.0
+    if scale <= 0.0:
+        sign = query_sign(scale)
+        query, scale = positive_scale(query, scale)
+    key_heads, head_dim, value_head_dim = key.shape[2], query.shape[3], value.shape[3]
+    query, key, value = _prepared(query, key, value)
+    no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
+    grads = _EFFICIENT_BACKWARD(
+        aligned(widened(grad_out, value.shape[3])),
+        query,
+        key,
+        value,
+        None if attn_mask is None else _bias(attn_mask, query, key),
+        # the kernel derives the result's row stride from its shape
+        aligned(widened(out, value.shape[3]).contiguous()),
+        None,
+        None,
+        query.shape[1],
+        key.shape[1],
+        pad(infinite_lse(lse), (0, -lse.shape[2] % _LSE_ROWS), value=float("inf")).contiguous(),
+        0.0,
+        no_dropout,
+        no_dropout,
+        _mask_type(query, key, causal=causal),
+        False,
+        scale=scale,
+    )[:3]
+    return (
+        grads[0][..., :head_dim] if sign == 1.0 else grads[0][..., :head_dim] * sign,
+        summed_heads(grads[1], key_heads)[..., :head_dim],
+        summed_heads(grads[2], key_heads)[..., :value_head_dim],
+    )
+
+
+def _with_blind(result: Any, blind: int, *, return_lse: bool) -> Any:
+    out, lse = result if return_lse else (result, None)
+    out = pad(out, (0, 0, 0, 0, blind, 0))
+    return (out, pad(lse, (blind, 0), value=float("-inf"))) if return_lse else out
+
+
+def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
+    heads, head_dim, value_head_dim = query.shape[2], query.shape[3], value.shape[3]
+    if heads != key.shape[2]:
+        key, value = repeated_heads(key, heads), repeated_heads(value, heads)
+    if head_dim % 8:
+        query, key = widened(query, head_dim + -head_dim % 8), widened(key, head_dim + -head_dim % 8)
+    if value_head_dim % 8:
+        value = widened(value, value_head_dim + -value_head_dim % 8)
+    return aligned(query), aligned(key), aligned(value)
+
+
+def _mask_type(query: torch.Tensor, key: torch.Tensor, *, causal: bool) -> int:
+    if not causal:
+        return _NO_CUSTOM_MASK
+    return _TOP_LEFT if query.shape[1] == key.shape[1] else _BOTTOM_RIGHT
+
+
+def _bias(attn_mask: torch.Tensor | Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The mask as the kernel reads it: rows 16 bytes aligned, other dimensions expanded without a copy."""
+    bias = additive(attn_mask, query.dtype)
+    batch, queries, heads, keys = query.shape[0], query.shape[1], query.shape[2], key.shape[1]
+    assert bias is not None
+    if bias.shape[3] == 1:
+        bias = bias.expand(-1, -1, -1, keys)
+    if keys % 8:
+        bias = pad(bias, (0, -keys % 8))[..., :keys]
+    else:
+        bias = aligned(bias)
+    return bias.expand(batch, heads, queries, keys)

@@ -1,0 +1,72 @@
+"""What SDPA prepares before it calls a kernel, and a caller of the op has to prepare itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """Move a scale of 0 or below into the query: the kernels scale what they have masked with -inf already.
+
+    Example:
+        >>> positive_scale(torch.ones(1), -0.5)
+        (tensor([-1.]), 0.5)
+    """
+    return (query * 0.0, 1.0) if scale == 0.0 else (-query, -scale)
+
+
+def query_sign(scale: float) -> float:
+    """The factor that ``positive_scale`` puts on the query, and so on its gradient."""
+    return -1.0 if scale < 0.0 else 0.0
+
+
+def widened(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """Pad the head dim with zeros, which changes no score and adds columns of zeros to the result."""
+    missing = width - tensor.shape[3]
+    return pad(tensor, (0, missing)) if missing else tensor
+
+
+def repeated_heads(key: torch.Tensor, heads: int) -> torch.Tensor:
+    """Give each query head its own copy of its key head: (B, S, Hkv, D) to (B, S, Hq, D)."""
+    groups = heads // key.shape[2]
+    return key if groups == 1 else key.repeat_interleave(groups, dim=2)
+
+
+def summed_heads(grad: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Undo ``repeated_heads`` in the backward: the gradient of a key head is the sum over its query heads."""
+    groups = grad.shape[2] // key_heads
+    return grad if groups == 1 else grad.unflatten(2, (key_heads, groups)).sum(3)
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """Lay the head dim out densely: the CPU kernel reads it as if it were, and the CUDA ones refuse."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy what CUDA kernels cannot read 16 bytes at a time; ops do not check, and a misaligned read ends the process."""
+    batch, rows, heads, last = tensor.stride()
+    if (
+        last == 1
+        and rows % 8 == 0
+        and heads % 8 == 0
+        and batch % 8 == 0
+        and tensor.storage_offset() % 8 == 0
+    ):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def infinite_lse(lse: torch.Tensor) -> torch.Tensor:
+    """The lse as backward kernels want it: +inf, not -inf, for a query that sees nothing, so that exp gives 0."""
+    return lse.masked_fill(lse == float("-inf"), float("inf"))
+
+
+def needs_graph(*tensors: Any) -> bool:
+    """Whether a gradient may be asked of any of these."""
+    return torch.is_grad_enabled() and any(isinstance(item, torch.Tensor) and item.requires_grad for item in tensors)

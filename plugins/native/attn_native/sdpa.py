@@ -1,0 +1,261 @@
+"""``torch.nn.functional.scaled_dot_product_attention`` as it is, with torch's own choice of kernel.
+
+SDPA has (B, H, S, D) tensors, a causal diagonal from the top left, and masks that are written out; here it gets the
+mask that says what the call means. What it is known to get wrong is kept away from it:
+
+- the kernel for CPU takes the maximum of fewer than 16 scores without NaN, and with no mask answers 0 to a query whose
+  scores are all NaN (seen on torch 2.6 to 2.13): so few keys come with a mask of 0;
+- kernels hide a key by a score of -inf that they scale afterwards, and seek the largest score before scaling (CPU's causal
+  gives NaN at scale 0): a scale of 0 or below moves into the query;
+- CPU's exp in half precision is off by 5e-5, and so is the log-sum-exp: where that is asked for, it computes in float32;
+- what a query that sees nothing gets depends on the kernel: off the CPU it is made to see, and its result cleared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from attn_core.masks import Description, visible_mask
+from attn_native import aten
+from attn_native.math import blind_queries, narrowed
+from attn_native.math import forward as math_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+_FEW_KEYS = 16  # float32 lanes of the widest vector
+_HALF = (torch.float16, torch.bfloat16)
+_FLASH, _EFFICIENT, _CUDNN = 1, 2, 3  # torch.nn.attention.SDPBackend, as the choice is told
+_FUSED: dict[int, Callable[..., Any]] = {
+    _FLASH: aten.flash_forward,
+    _EFFICIENT: aten.efficient_forward,
+    _CUDNN: aten.cudnn_forward,
+}
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: torch.Tensor | Description | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,  # noqa: ARG001 - declared where it holds of every kernel
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention with SDPA.
+
+    Args:
+        query: (B, Sq, Hq, D).
+        key: (B, Skv, Hkv, D).
+        value: (B, Skv, Hkv, Dv).
+        scale: of the scores.
+        attn_mask: bool or float, 4-D, or described.
+        causal: bottom-right.
+        window_size: (left, right) in keys, -1 unlimited.
+        dropout_p: probability to drop.
+        deterministic: asked for where the declaration has it.
+        return_lse: also return the log-sum-exp, from the operator behind the kernel that SDPA would choose.
+
+    Returns:
+        (B, Sq, Hq, Dv) in query's dtype, and the log-sum-exp (B, Hq, Sq) where asked.
+
+    Example:
+        >>> import torch
+        >>> q = torch.zeros(1, 2, 1, 4)
+        >>> v = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1).expand(1, 2, 1, 4)
+        >>> forward(q, q, v, scale=0.5, causal=True)[..., 0].flatten().tolist()
+        [1.0, 2.0]
+    """
+    if (
+        attn_mask is None
+        and window_size is None
+        and not return_lse
+        and scale > 0.0
+        and query.shape[2] == key.shape[2]
+        and (not causal or query.shape[1] == key.shape[1])
+        and (key.shape[1] >= _FEW_KEYS or not query.is_cpu)
+    ):  # the plain call, first and at no cost
+        return _sdpa(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, dropout_p, causal, scale=scale
+        ).transpose(1, 2)
+    if not torch.compiler.is_dynamo_compiling():  # there it would bind the graph to the lengths
+        causal, window_size = narrowed(query.shape[1], key.shape[1], causal=causal, window_size=window_size)
+    if scale <= 0.0:
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
+    mask, blind = _mask(query, key, attn_mask, causal=causal, window_size=window_size, tell=return_lse)
+    causal = causal and mask is None
+    if return_lse:
+        return _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
+    out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+    return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
+
+
+def _general(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    if query.shape[2] == key.shape[2]:
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return _sdpa(q, k, v, mask, dropout_p, causal, scale=scale).transpose(1, 2)
+    if _groups_heads(query, value, mask):
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return _sdpa(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=True).transpose(1, 2)
+    key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
+    return _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+
+
+def _groups_heads(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer key heads; the others would leave the call to one that writes the scores out."""
+    if query.is_cpu:
+        return True
+    return query.is_cuda and mask is None and query.dtype in _HALF and query.shape[3] == value.shape[3]
+
+
+def _for_each_query_head(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return tensor.repeat_interleave(query.shape[2] // tensor.shape[2], 2)
+
+
+def _mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attn_mask: torch.Tensor | Description | None,
+    *,
+    causal: bool,
+    window_size: tuple[int, int] | None,
+    tell: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Build the mask that SDPA needs, and which queries see nothing (None: none does, or the kernel knows)."""
+    if attn_mask is None and window_size is None and (not causal or query.shape[1] == key.shape[1]):
+        if not query.is_cpu or key.shape[1] >= _FEW_KEYS:
+            return None, None
+        if not causal:
+            return query.new_zeros(1, 1, 1, 1), None
+    visible = visible_mask(query, key, attn_mask=attn_mask, causal=causal, window_size=window_size)
+    mask = cast("torch.Tensor", visible)
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:
+        mask = attn_mask.double() if query.dtype == torch.float64 else attn_mask
+        mask = mask if visible is None else mask.masked_fill(~visible, float("-inf"))
+    never_blind = attn_mask is None and query.shape[1] <= key.shape[1]
+    if never_blind or (query.is_cpu and not tell):
+        return mask, None
+    if mask.dtype == torch.bool:
+        blind = blind_queries(mask)
+        return mask | blind, blind
+    blind = blind_queries(mask.detach() != float("-inf"))
+    return mask.masked_fill(blind, 0.0), blind
+
+
+# --- with the log-sum-exp -----------------------------------------------------------------------------------------------
+
+
+def _with_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    blind: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    compute = _on_cpu if query.is_cpu else _elsewhere
+    out, lse = compute(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+    lse = lse.detach()
+    if blind is None:
+        return out, lse
+    return out.masked_fill(blind.transpose(1, 2), 0.0), lse.masked_fill(blind[..., 0], float("-inf"))
+
+
+def _on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = query.dtype
+    if dtype in _HALF:
+        query, key, value = query.float(), key.float(), value.float()
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if not _takes_flash(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p):
+        result = math_forward(
+            query, key, value, scale=scale, attn_mask=mask, causal=causal, dropout_p=dropout_p, return_lse=True
+        )
+        out, lse = cast("tuple[torch.Tensor, torch.Tensor]", result)
+        return out.to(dtype), lse
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout_p, causal, attn_mask=mask, scale=scale
+    )
+    return out.transpose(1, 2).to(dtype), lse.detach().clone() if out.requires_grad else lse
+
+
+def _takes_flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> bool:
+    """Whether SDPA would choose the fused kernel for CPU, the only one there; its own answer can't be traced."""
+    if torch.compiler.is_dynamo_compiling():
+        fits = dropout_p == 0.0 and q.shape[3] == v.shape[3] and not (mask is not None and mask.requires_grad)
+        return fits and q.stride(3) == 1 and k.stride(3) == 1 and v.stride(3) == 1
+    return _choice(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p) == _FLASH
+
+
+def _choice(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> int:
+    grouped = q.shape[1] != k.shape[1]
+    return torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=grouped)
+
+
+def _elsewhere(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if query.shape[2] != key.shape[2] and not _groups_heads(query, value, mask):
+        key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    choice = _choice(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+    compute = _FUSED.get(choice, math_forward)
+    result = compute(
+        query, key, value, scale=scale, attn_mask=mask, causal=causal, dropout_p=dropout_p, return_lse=True
+    )
+    return cast("tuple[torch.Tensor, torch.Tensor]", result)

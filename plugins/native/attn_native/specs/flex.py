@@ -1,0 +1,73 @@
+"""The declaration of ``flex``: ``torch.nn.attention.flex_attention``, compiled."""
+
+from __future__ import annotations
+
+from attn_core.plugin import BackendSpec, CapabilityRange, Constraints, ContextParallelSupport, No, Rule
+
+_MASKS = {"none", "bool", "float", "key_padding", "packed"}
+_DTYPES = {"float16", "bfloat16", "float32"}
+_DROPOUT = No("flex_attention has no dropout; native_math has")
+_VMAP = No("compiled flex_attention has no batching rule")
+_FORWARD_MODE = No("flex_attention has no forward-mode derivative")
+
+_CPU = Constraints(
+    platforms={"cpu"},
+    dtypes=_DTYPES,
+    masks=_MASKS,
+    causal=True,
+    gqa=True,
+    cross_lengths=True,
+    value_head_dim=True,
+    window_size=True,
+    softcap=True,
+    deterministic=True,
+    dropout=_DROPOUT,
+    lse=No("torch's flex_attention for CPU does not return the log-sum-exp"),
+    backward=No("torch's flex_attention for CPU has no backward"),
+    mask_gradient=No("torch's flex_attention for CPU has no backward"),
+    double_backward=No("torch's flex_attention for CPU has no backward"),
+    vmap=_VMAP,
+    forward_mode=_FORWARD_MODE,
+)
+
+_CUDA = Constraints(
+    platforms={"cuda"},
+    compute_capability=CapabilityRange((8, 0)),
+    dtypes=_DTYPES,
+    head_dims=range(16, 257),  # below 16 the Triton kernel refuses (tl.dot)
+    masks=_MASKS,
+    causal=True,
+    gqa=True,
+    cross_lengths=True,
+    value_head_dim=True,
+    window_size=True,
+    softcap=True,
+    lse=True,
+    deterministic=True,
+    mask_gradient=True,
+    backward=True,
+    dropout=_DROPOUT,
+    double_backward=No("the backward of flex_attention can't be differentiated"),
+    vmap=_VMAP,
+    forward_mode=_FORWARD_MODE,
+    rules=[
+        Rule(
+            "deterministic: the gradient of the mask is summed with atomic additions, in an order that varies; "
+            "detach the mask, or use native_math",
+            lambda facts: facts.deterministic and facts.mask_gradient,
+        )
+    ],
+)
+
+FLEX = BackendSpec(
+    api=1,
+    name="flex",
+    summary="torch.nn.attention.flex_attention: any mask without a dense one, compiled at the first call of a kind",
+    forward="attn_native.flex:forward",
+    backward="attn_native.flex:backward",
+    autograd="own",
+    constraints=(_CPU, _CUDA),
+    context_parallel=ContextParallelSupport(ring=True, ulysses=True, hybrid=True),
+    compile=True,
+    first_call_compiles=True,
+)
