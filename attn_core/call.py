@@ -12,7 +12,7 @@ from attn_core import selection
 from attn_core.admission import admit
 from attn_core.masks import Description
 from attn_core.options import dropout_of, scale_of, softcap_of
-from attn_core.reading import autocast_dtype, check_mask, default_scale, read
+from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, read
 from attn_core.running import check_result, runner
 from attn_core.traced import traced_attention
 
@@ -154,10 +154,14 @@ def attention(
     run, usual_scale, brought = found
     if scale is None:
         scale = usual_scale
-    if brought is None:
-        return run(query, key, value, scale=scale)
-    given = {"softcap": softcap, "dropout_p": dropout_p, "attn_mask": attn_mask}
-    return run(query, key, value, scale=scale, **{name: given[name] for name in brought})
+    try:
+        if brought is None:
+            return run(query, key, value, scale=scale)
+        given = {"softcap": softcap, "dropout_p": dropout_p, "attn_mask": attn_mask}
+        return run(query, key, value, scale=scale, **{name: given[name] for name in brought})
+    except (RuntimeError, TypeError, ValueError):
+        check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
+        raise
 
 
 def _mask_key(mask: Any, query: Any, key: Any, batch: int, heads: int, query_length: int, key_length: int) -> Any:

@@ -62,15 +62,24 @@ class Explanation:
     def __str__(self) -> str:
         if self.refusal is not None:
             return f"The call is refused, whichever backend is chosen: {self.refusal}"
-        width = max((len(verdict.name) for verdict in self.verdicts), default=0)
+        here = [verdict for verdict in self.verdicts if verdict.status != registry.NOT_INSTALLED]
+        width = max((len(verdict.name) for verdict in here), default=0)
         lines = [f"Call: {_shown(self.facts)}"] if self.facts is not None else []
         lines.append(
             f"Runs on: {self.chosen} (chosen by {self.chosen_by})" if self.chosen else f"Refused (chosen by {self.chosen_by}): {self.error}"
         )
-        for verdict in self.verdicts:
+        for verdict in here:
             mark = "yes" if verdict.admitted else "no "
             lines.append(f"  {mark}  {verdict.name.ljust(width)}  {'; '.join(verdict.reasons)}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._elsewhere()])
+
+    def _elsewhere(self) -> list[str]:
+        """A line for each known wheel that is not installed."""
+        names: dict[str, list[str]] = {}
+        for verdict in self.verdicts:
+            if verdict.status == registry.NOT_INSTALLED:
+                names.setdefault(str(verdict.distribution), []).append(verdict.name)
+        return [f"  not installed: {wheel} ({', '.join(found)}): pip install {wheel}" for wheel, found in names.items()]
 
     def as_data(self) -> dict[str, Any]:
         """As plain data, for JSON."""

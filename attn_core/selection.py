@@ -97,9 +97,12 @@ def process_default() -> Choice | None:
 
 def in_force() -> Choice | None:
     """The choice for a call that names no backend of its own, in this thread or task, now."""
-    for scope in reversed(scopes()):
-        if not scope.closed:
-            return scope.names
+    opened = scopes()
+    if opened and opened[-1].closed:
+        opened = tuple(scope for scope in opened if not scope.closed)
+        _stack.set(opened)
+    if opened:
+        return opened[-1].names
     return environment() if _default is None else _default
 
 

@@ -97,4 +97,4 @@ def no_choice_left_behind(monkeypatch):
         selection._used.clear()
         selection.varied = False
         sys.modules["attn_core.call"].forget()
-        assert selection.in_force() is None, "a scope outlived its test"
+        assert all(scope.closed for scope in selection.scopes()), "a scope outlived its test"

@@ -215,7 +215,12 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": True}, {"window_size": (1, 2), "scale": -0.7}, {"softcap": 1.5, "causal": True, "window_size": (3, 0)}],
+    [
+        {},
+        {"causal": True},
+        {"window_size": (1, 2), "scale": -0.7},
+        {"softcap": 1.5, "causal": True, "window_size": (3, 0)},
+    ],
 )
 def test_gradients_are_those_of_finite_differences(mask, options):
     query, key, value = (tensor.requires_grad_() for tensor in tensors())
@@ -352,7 +357,8 @@ def test_half_precision_inputs_are_taken_as_they_are():
 @pytest.mark.parametrize("lengths", [(5, 7), (7, 5), (6, 6)])
 @pytest.mark.parametrize("kind", ["none", "bool", "key padding", "packed"])
 @pytest.mark.parametrize(
-    "options", [{}, {"causal": True}, {"window_size": (2, 1)}, {"window_size": (0, -1)}, {"causal": True, "window_size": (1, 4)}]
+    "options",
+    [{}, {"causal": True}, {"window_size": (2, 1)}, {"window_size": (0, -1)}, {"causal": True, "window_size": (1, 4)}],
 )
 def test_the_shared_mask_helpers_agree(lengths, kind, options):
     queries, keys = lengths

@@ -37,9 +37,9 @@ def compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
     try:
         result = _call(case, built, call)
     except AttnError as refusal:
-        assert str(refusal).strip(), "a refusal says why"
+        expect("a refusal says why", holds=bool(str(refusal).strip()))
         return refusal
-    assert case.spoiled is None, f"{case.spoiled}: admitted"
+    expect(f"{case.spoiled}: admitted", holds=case.spoiled is None)
     out, lse = result if case.return_lse else (result, None)
     _check_results(case, built, out, lse)
     found = _gradients(case, built, out)
@@ -47,8 +47,14 @@ def compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
     if case.deterministic:
         _check_same_bits(case, built, call, out, found)
     for name, tensor in built.inputs().items():
-        assert _same(before[name], _bits(tensor)), f"{name} was changed by the call"
+        expect(f"{name} was changed by the call", holds=_same(before[name], _bits(tensor)))
     return None
+
+
+def expect(message: str, *, holds: bool) -> None:
+    """An assert that ``python -O`` keeps."""
+    if not holds:
+        raise AssertionError(message)
 
 
 def _call(case: Case, built: Built, call: Callable[..., Any]) -> Any:
@@ -59,7 +65,8 @@ def _call(case: Case, built: Built, call: Callable[..., Any]) -> Any:
 
 
 def _bits(tensor: Any) -> Any:
-    return (tensor._version, tensor.detach().clone()) if isinstance(tensor, torch.Tensor) else None
+    """The numbers of a tensor, and how often it was written to."""
+    return (tensor._version, tensor.detach().clone()) if isinstance(tensor, torch.Tensor) else None  # noqa: SLF001 (no public name)
 
 
 def _same(before: Any, after: Any) -> bool:
@@ -75,16 +82,19 @@ def effective(case: Case) -> torch.dtype:
 def _check_results(case: Case, built: Built, out: Any, lse: Any) -> None:
     dtype = effective(case)
     batch, queries, heads, _ = built.query.shape
-    assert isinstance(out, torch.Tensor), f"the result is {type(out).__name__}"
-    assert out.shape == (batch, queries, heads, built.value.shape[3]), f"shape of the result: {tuple(out.shape)}"
-    assert out.dtype == dtype, f"dtype of the result: {out.dtype}"
-    assert out.device == built.query.device
+    expect(f"the result is {type(out).__name__}", holds=isinstance(out, torch.Tensor))
+    expect(f"shape of the result: {tuple(out.shape)}", holds=out.shape == (batch, queries, heads, built.value.shape[3]))
+    expect(f"dtype of the result: {out.dtype}", holds=out.dtype == dtype)
+    expect(f"device of the result: {out.device}", holds=out.device == built.query.device)
     graph = case.grad_mode and any(tensor.requires_grad for tensor in built.inputs().values())
-    assert out.requires_grad == graph, f"the result requires_grad={out.requires_grad}"
+    expect(f"the result requires_grad={out.requires_grad}", holds=out.requires_grad == graph)
     if lse is not None:
-        assert lse.shape == (batch, heads, queries), f"shape of lse: {tuple(lse.shape)}"
-        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), f"dtype of lse: {lse.dtype}"
-        assert not lse.requires_grad, "lse is not detached"
+        expect(f"shape of lse: {tuple(lse.shape)}", holds=lse.shape == (batch, heads, queries))
+        expect(
+            f"dtype of lse: {lse.dtype}",
+            holds=lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32),
+        )
+        expect("lse is not detached", holds=not lse.requires_grad)
     _check_storage(built, out, lse)
 
 
@@ -94,10 +104,10 @@ def _check_storage(built: Built, out: torch.Tensor, lse: torch.Tensor | None) ->
     for name, tensor in {"result": out, "lse": lse}.items():
         if tensor is None or not tensor.numel():
             continue
-        assert _address(tensor) not in taken, f"{name} shares memory with {taken[_address(tensor)]}"
+        expect(f"{name} shares memory with {taken.get(_address(tensor))}", holds=_address(tensor) not in taken)
         taken[_address(tensor)] = name
         overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        assert not overlaps, f"{name} is expanded"
+        expect(f"{name} is expanded", holds=not overlaps)
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -120,7 +130,7 @@ def _check_numbers(
     case: Case, built: Built, out: torch.Tensor, lse: torch.Tensor | None, found: dict[str, torch.Tensor]
 ) -> None:
     dtype = effective(case)
-    inputs = {name: _given(tensor, case).requires_grad_(name in found) for name, tensor in built.inputs().items() if name in _FLOATING}
+    inputs = {name: _given(tensor, case).requires_grad_(name in found) for name, tensor in built.inputs().items()}
     options = {name: option for name, option in built.options.items() if name not in ("deterministic", "return_lse")}
     if isinstance(options.get("attn_mask"), torch.Tensor):
         options["attn_mask"] = inputs["attn_mask"]
@@ -135,12 +145,9 @@ def _check_numbers(
         wanted = torch.autograd.grad(expected, [inputs[name] for name in found], built.grad_out.to(out.dtype).double())
         for name, gradient in zip(found, wanted, strict=True):
             given = built.inputs()[name].dtype
-            assert found[name].dtype == given, f"dtype of the gradient of {name}: {found[name].dtype}"
+            expect(f"dtype of the gradient of {name}: {found[name].dtype}", holds=found[name].dtype == given)
             bound = getattr(allowed, name) + rounding(gradient, given)
             assert_close(found[name], gradient, dtype, f"gradient of {name}", bound=bound)
-
-
-_FLOATING = ("query", "key", "value", "attn_mask")
 
 
 def _given(tensor: torch.Tensor, case: Case) -> torch.Tensor:
@@ -158,8 +165,8 @@ def _check_same_bits(
 ) -> None:
     again = _call(case, built, call)
     again = again[0] if case.return_lse else again
-    assert torch.equal(out, again), "not the same result twice"
+    expect("not the same result twice", holds=torch.equal(out, again))
     for name, gradient in _gradients(case, built, again).items():
-        assert torch.equal(found[name], gradient), f"not the same gradient of {name} twice"
+        expect(f"not the same gradient of {name} twice", holds=torch.equal(found[name], gradient))
     if out.numel():
-        assert _address(out) != _address(again), "two results share memory"
+        expect("two results share memory", holds=_address(out) != _address(again))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from attn_core.testing.building import SPOILS, Built, build
+from attn_core.testing.building import Built, build
+from attn_core.testing.spoiling import SPOIL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,10 +37,10 @@ CHOICES: dict[str, Sequence[Any]] = {
     "dim": (8, 1, 3, 16, 24, 32, 64, 80),
     "value_dim": (None, None, None, 8, 1, 5, 16, 64),
     "mask": ("none", "none", "bool", "float", "key_padding", "packed"),
-    "mask_once": (
-        (False, False, False, False), (True, True, False, False), (False, True, True, False), (False, True, False, False),
-        (True, False, False, True), (True, True, True, False), (True, True, True, True), (False, False, True, False),
-    ),  # fmt: skip
+    "mask_once": tuple(
+        tuple(once == "1" for once in pattern)
+        for pattern in ("0000", "1100", "0110", "0100", "1001", "1110", "1111", "0010")
+    ),
     "mask_dtype": ("same", "same", "float32"),
     "mask_hides": ("some", "nothing", "rows", "everything"),
     "causal": (False, True),
@@ -49,16 +50,18 @@ CHOICES: dict[str, Sequence[Any]] = {
     "deterministic": (False, False, True),
     "return_lse": (False, True),
     "gradients": (
-        (), (), ("query", "key", "value"), ("query", "key", "value"), ("query",), ("key",), ("value",), ("key", "value"),
-        ("attn_mask",), ("query", "attn_mask"), ("query", "key", "value", "attn_mask"),
-    ),  # fmt: skip
+        *((), ()),
+        *(("query", "key", "value"), ("query", "key", "value")),
+        *(("query",), ("key",), ("value",), ("key", "value")),
+        *(("attn_mask",), ("query", "attn_mask"), ("query", "key", "value", "attn_mask")),
+    ),
     "layouts": ("contiguous", "transposed", "sliced", "last strided", "expanded batch", "expanded keys", "offset"),
     "grad_layout": ("contiguous", "expanded", "transposed", "last strided"),
     "mask_layout": ("contiguous", "sliced", "transposed", "expanded", "last strided"),
     "autocast": (None,) * 9 + ("bfloat16", "float16"),
     "grad_mode": (True,) * 7 + (False,),
     "amplitude": (1.0, 1.0, 1.0, 4.0, 1e-3),
-    "spoiled": (None,) * 400 + SPOILS,
+    "spoiled": (None,) * 400 + tuple(SPOIL),
     "seed": tuple(range(50)),
 }
 """What each field is drawn from; a value listed twice is drawn twice as often."""
@@ -93,7 +96,7 @@ class Case:
         autocast: dtype that autocast is on with, or None.
         grad_mode: False is a call inside ``torch.no_grad()``.
         amplitude: size of the numbers.
-        spoiled: what makes the call senseless, one of ``SPOILS``, or None.
+        spoiled: what makes the call senseless, one of ``spoiling.SPOIL``, or None.
         seed: of the numbers.
         device: of the tensors.
     """

@@ -153,17 +153,19 @@ class _Analysis:
 
     def bounds(self, grad_out: torch.Tensor | None) -> Bounds:
         out_error = self._product(self.probability_error * self.dropout, self.probabilities * self.dropout, self.value)
-        lse_error = self.mean_error + growth(self.dtype, self.key.shape[2]) + 4 * self.eps * self.lse.abs().nan_to_num(posinf=0)
+        lse_error = (
+            self.mean_error + growth(self.dtype, self.key.shape[2]) + 4 * self.eps * self.lse.abs().nan_to_num(posinf=0)
+        )
         results = {"out": out_error.transpose(1, 2), "lse": SAFETY * lse_error}
         if grad_out is not None:
             results.update(self._gradients(grad_out.detach().double().transpose(1, 2), out_error / SAFETY))
         return Bounds(**results)
 
     def _score_error(self) -> torch.Tensor:
-        magnitude = self.scale * (self.query.abs() @ self.key.abs().mT)
+        magnitude: torch.Tensor = self.scale * (self.query.abs() @ self.key.abs().mT)
         scores = self.scale * (self.query @ self.key.mT)
         self.capped = scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
-        error = growth(self.dtype, self.query.shape[3]) * magnitude + 4 * self.eps * self.capped.abs()
+        error: torch.Tensor = growth(self.dtype, self.query.shape[3]) * magnitude + 4 * self.eps * self.capped.abs()
         self.capped_error = error
         if self.mask is not None:
             error = error + 4 * self.eps * self.mask.double().abs().nan_to_num(posinf=0)
@@ -172,7 +174,8 @@ class _Analysis:
     def _product(self, error: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """The error of ``left @ right`` when left is off by ``error``."""
         rounding = _product(self.dtype, left.shape[-1])
-        return SAFETY * ((error + rounding * left.abs()) @ right.abs()) + _underflow(self.dtype)
+        found: torch.Tensor = (error + rounding * left.abs()) @ right.abs()
+        return SAFETY * found + _underflow(self.dtype)
 
     def _gradients(self, grad_out: torch.Tensor, out_error: torch.Tensor) -> dict[str, torch.Tensor]:
         weights, size = self.probabilities, grad_out.abs()
@@ -191,7 +194,7 @@ class _Analysis:
         )
         found = {}
         if self.mask is not None:
-            found["attn_mask"] = self._mask_gradient(scores, error)
+            found["attn_mask"] = self._mask_gradient(self.mask.shape, scores, error)
         if self.softcap is not None:
             slope = 1 - (self.capped / self.softcap) ** 2
             error = error * slope.abs() + scores.abs() * (2 * self.capped_error / self.softcap + 4 * self.eps)
@@ -205,17 +208,22 @@ class _Analysis:
         return found
 
     def _of_key_heads(self, error: torch.Tensor) -> torch.Tensor:
-        return error.unflatten(1, (-1, self.group)).sum(2).transpose(1, 2) if error.numel() else error.transpose(1, 2)[:, :, :: self.group]
+        batch, heads, length, dim = error.shape
+        return error.reshape(batch, heads // self.group, self.group, length, dim).sum(2).transpose(1, 2)
 
-    def _mask_gradient(self, scores: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        assert self.mask is not None
-        count = scores.numel() // max(self.mask.numel(), 1)
+    def _mask_gradient(self, shape: torch.Size, scores: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+        count = scores.numel() // max(shape.numel(), 1)
         error = error + _product(self.dtype, count) * scores.abs()
-        return SAFETY * error.sum_to_size(self.mask.shape)
+        return SAFETY * error.sum_to_size(shape)
 
 
 def assert_close(
-    found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str, *, bound: torch.Tensor | float | None = None
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    dtype: torch.dtype,
+    what: str,
+    *,
+    bound: torch.Tensor | float | None = None,
 ) -> None:
     """Raise an AssertionError, with the worst element, where ``found`` is further from ``expected`` than allowed.
 
@@ -251,7 +259,12 @@ def assert_close(
 
 
 def _worst(
-    what: str, dtype: torch.dtype, found: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor, wrong: torch.Tensor
+    what: str,
+    dtype: torch.dtype,
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    allowed: torch.Tensor,
+    wrong: torch.Tensor,
 ) -> str:
     excess = ((found - expected).abs() / allowed).nan_to_num(nan=torch.inf).masked_fill(~wrong, -1)
     place = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
