@@ -51,7 +51,12 @@ def admit(choice: Choice | None, facts: Facts, chosen_by: str) -> Admitted:
         try:
             return _admit_one(name, facts)
         except AttnError as error:
-            if len(names) > 1 and isinstance(error, BackendNotUsable) and registry.close_match(name) and not registry.knows(name):
+            if (
+                len(names) > 1
+                and isinstance(error, BackendNotUsable)
+                and registry.close_match(name)
+                and not registry.knows(name)
+            ):
                 raise
             refused[name] = error
             log.info("%s passed over: %s", name, error)
@@ -63,8 +68,10 @@ def _admit_one(name: str, facts: Facts) -> Admitted:
     reasons = refusals(row.spec, facts)  # type: ignore[arg-type]
     if reasons:
         others = admitting(facts, besides=row)
-        step = f"Accepted here by: {', '.join(others)}; choose one with backend= or use_backend" if others else (
-            "No backend that is installed here accepts this call; attn_core.explain(...) has each one's reasons"
+        step = (
+            f"Accepted here by: {', '.join(others)}; choose one with backend= or use_backend"
+            if others
+            else ("No backend that is installed here accepts this call; attn_core.explain(...) has each one's reasons")
         )
         msg = f"{row.name} refused the call: {'; '.join(reasons)}. {step}"
         raise CallRefused(msg)

@@ -24,10 +24,11 @@ class _BoundForward:
         self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        forward = type(self.module).forward.__get__(self.module) if self.previous is None else self.previous
         names = (self.names,) if isinstance(self.names, str) else self.names
         with use_backend(*names):
-            return forward(*args, **options)
+            if self.previous is None:
+                return type(self.module).forward(self.module, *args, **options)
+            return self.previous(*args, **options)
 
 
 class Binding:

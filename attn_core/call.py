@@ -12,7 +12,7 @@ from attn_core import selection
 from attn_core.admission import admit
 from attn_core.masks import Description
 from attn_core.options import dropout_of, scale_of, softcap_of
-from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, read
+from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
 from attn_core.traced import traced_attention
 
@@ -47,7 +47,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
 
 
-def attention(
+def attention(  # noqa: C901, PLR0912 - on the way of every call, where each further function costs a twentieth of it
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -108,7 +108,7 @@ def attention(
         batch, query_length, heads, head_dim = shape
         if shape == key_shape == value_shape:
             key_length = query_length
-            sizes = batch and query_length and True
+            sizes: Any = batch and query_length and True
         else:
             key_batch, key_length, key_heads, key_dim = key_shape
             sizes = (
@@ -128,7 +128,7 @@ def attention(
             if selection.varied and (_graph_task() != -1 or _top_hooks(True) is not None):
                 choice = selection.consistent_choice(selection.in_force())
         else:
-            choice = backend
+            choice = cast("Choice", backend)
         mask = None if attn_mask is None else _mask_key(attn_mask, query, key, batch, heads, query_length, key_length)
         if scale is not None and not (type(scale) is float and -inf < scale < inf):
             scale = scale_of(scale)
@@ -136,11 +136,12 @@ def attention(
             softcap = softcap_of(softcap)
         if dropout_p is not _NONE_DROPPED and not (type(dropout_p) is float and 0.0 <= dropout_p < 1.0):
             dropout_p = dropout_of(dropout_p)
-        kind = (
+        kind: Any = (
             choice, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, heads, head_dim, sizes,
             _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
             causal, window_size, softcap is None, dropout_p == 0.0, deterministic, return_lse, mask,
-            parallel, _autocast_enabled() and autocast_dtype(query.device.type), _transforms_active(), _forward_ad._current_level,
+            parallel, _autocast_enabled() and autocast_dtype(query.device.type), _transforms_active(),
+            _forward_ad._current_level >= 0 and has_tangent(query, key, value, attn_mask),
         )  # fmt: skip
         found = _memory.get(kind)
     except (AttributeError, TypeError, ValueError):  # not what it should be, or not hashable: read with care below
@@ -207,7 +208,7 @@ def resolve(query: Any, key: Any, value: Any, options: dict[str, Any], backend: 
     choice = selection.in_force()
     if selection.checkpointing():
         choice = selection.consistent_choice(choice)
-    admitted = admit(choice, call.facts, selection.origin(choice))
+    admitted = admit(choice, call.facts, selection.origin())
     selection.note_used(choice)
     return admitted, call
 
@@ -285,5 +286,8 @@ def plan(
     if call.options.keys() == {"scale"}:  # the commonest kind of call, at half the cost of a partial
         scale = call.options["scale"]
         planned = lambda query, key, value: run(query, key, value, scale=scale)  # noqa: E731
-    planned.backend, planned.facts = admitted.row.name, call.facts  # attributes of the function: a class costs more to call
+    planned.backend, planned.facts = (
+        admitted.row.name,
+        call.facts,
+    )  # attributes of the function: a class costs more to call
     return cast("Plan", planned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from importlib import import_module
@@ -13,9 +14,15 @@ from attn_core.errors import AttnError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = {
-    "list-backends": "attn_core.commands.list_backends",
-    "explain": "attn_core.commands.explain",
+COMMANDS = {  # the name, its module, and what it does; a module is imported when its command is asked for
+    "list-backends": (
+        "attn_core.commands.list_backends",
+        "list every backend that is installed, with its status and what to do where it can't be used",
+    ),
+    "explain": (
+        "attn_core.commands.explain",
+        "say for each backend whether it would run a call with these shapes and options, and every reason why not",
+    ),
 }
 
 REFUSED = 2
@@ -32,16 +39,17 @@ class _Version(argparse.Action):
         parser.exit(message=f"attn {__version__}\n")
 
 
-def parser_of() -> argparse.ArgumentParser:
-    """Make the parser of ``attn`` and of its commands."""
+def parser_of(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Make the parser of ``attn``; of its commands, only the one that these arguments ask for knows its options."""
     parser = argparse.ArgumentParser(
         prog="attn", description="attention backends: what is installed, and what a call would do"
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version of attn-core")
     commands = parser.add_subparsers(prog="attn", dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        command = import_module(module)
-        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.HELP))
+    for name, (module, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        if name in arguments:
+            import_module(module).add_arguments(command)
     return parser
 
 
@@ -51,12 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 where something was refused, with the reason on stderr.
     """
+    gc.set_threshold(50_000)  # collecting while modules are imported takes a tenth of a short command's time
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal can't show is no reason to fail
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    arguments = parser_of().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser_of(given).parse_args(given)
     try:
-        status: int = import_module(COMMANDS[arguments.command]).run(arguments)
+        status: int = import_module(COMMANDS[arguments.command][0]).run(arguments)
         sys.stdout.flush()
     except AttnError as error:
         print(f"attn: {error}", file=sys.stderr)  # noqa: T201

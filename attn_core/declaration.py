@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from packaging.requirements import InvalidRequirement, Requirement
 
@@ -103,7 +103,7 @@ class CapabilityRange:
 HeadDims = range | Collection[int | tuple[int, int]]
 Masks = Collection[str] | Mapping[str, bool | No]
 
-_ABILITIES = {
+_ABILITIES: dict[str, Callable[[Facts], bool]] = {
     "causal": lambda facts: facts.causal,
     "gqa": lambda facts: facts.gqa,
     "cross_lengths": lambda facts: facts.cross_lengths,
@@ -119,7 +119,7 @@ _ABILITIES = {
 }
 """Each ability of a declaration, and whether a call with these facts asks for it."""
 
-_FOUND = {
+_FOUND: dict[str, Callable[[Facts], str]] = {
     "gqa": lambda facts: f"{facts.heads} query heads on {facts.key_heads} key heads",
     "cross_lengths": lambda facts: facts.lengths,
     "value_head_dim": lambda facts: f"{facts.value_head_dim} beside a query and key head dim of {facts.head_dim}",
@@ -254,22 +254,30 @@ class Limits:
                 found = _check_ability(owner, item.name, found)
             object.__setattr__(self, item.name, found)
 
+    @property
+    def mask_abilities(self) -> Mapping[str, Ability]:
+        """``masks`` as a mapping of each kind of mask to True or its reason, whatever form it was given in."""
+        return cast("Mapping[str, Ability]", self.masks)
+
     def reasons(self, facts: Facts) -> list[str]:
         """Every reason, with found and accepted values, why a call with these facts is refused; empty if it is not."""
-        return [*self._reasons_from_values(facts), *self._reasons_from_abilities(facts), *self._reasons_from_rules(facts)]
+        return [
+            *self._reasons_from_values(facts),
+            *self._reasons_from_abilities(facts),
+            *self._reasons_from_rules(facts),
+        ]
 
     def _reasons_from_values(self, facts: Facts) -> Iterable[str]:
         if self.platforms is not None and facts.platform not in self.platforms:
             yield f"device: found {facts.platform}; accepted: {_listed(sorted(self.platforms))}"
-        elif self.compute_capability is not None and facts.compute_capability is not None:
-            if facts.compute_capability not in self.compute_capability:
-                yield f"compute capability: found {_capability(facts.compute_capability)}; accepted: {_capabilities(self)}"
+        elif (found := facts.compute_capability) is not None and found not in (self.compute_capability or (found,)):
+            yield f"compute capability: found {_capability(found)}; accepted: {_capabilities(self)}"
         if self.dtypes is not None and facts.dtype not in self.dtypes:
             yield f"dtype: found {facts.dtype}; accepted: {_listed(sorted(self.dtypes))}"
         if self.head_dims is not None:
             yield from self._reasons_from_head_dims(facts, self.head_dims)
-        if self.masks is not None and isinstance(no := self.masks[facts.mask], No):  # type: ignore[call-overload]
-            accepted = _listed(kind for kind, ability in self.masks.items() if ability)  # type: ignore[union-attr]
+        if self.masks is not None and isinstance(no := self.mask_abilities[facts.mask], No):
+            accepted = _listed(kind for kind, ability in self.mask_abilities.items() if ability)
             yield f"attn_mask: found {facts.mask}; accepted: {accepted} ({no})"
 
     def _reasons_from_head_dims(self, facts: Facts, head_dims: HeadDims) -> Iterable[str]:
@@ -366,9 +374,11 @@ class Constraints(Limits):
     def _check_contradictions(self) -> None:
         gpu = {"cuda", "rocm"}
         if self.compute_capability is not None and not gpu & set(self.platforms or ()):
-            msg = f"Constraints: compute_capability belongs to cuda or rocm, platforms are {sorted(self.platforms or ())}"
+            msg = (
+                f"Constraints: compute_capability belongs to cuda or rocm, platforms are {sorted(self.platforms or ())}"
+            )
             raise DeclarationError(msg)
-        if self.mask_gradient and not self.masks["float"]:  # type: ignore[index, call-overload]
+        if self.mask_gradient and not self.mask_abilities["float"]:
             msg = "Constraints: mask_gradient is declared, but no float mask is admitted that could have one"
             raise DeclarationError(msg)
         for name in ("mask_gradient", "double_backward"):
@@ -494,7 +504,9 @@ class BackendSpec:
         self._check_names()
         owner = f"BackendSpec({self.name!r})"
         for label, found in (("forward", self.forward), ("backward", self.backward)):
-            if not (isinstance(found, str) and _IMPORT_STRING.fullmatch(found)) and not (label == "backward" and found is None):
+            if not (isinstance(found, str) and _IMPORT_STRING.fullmatch(found)) and not (
+                label == "backward" and found is None
+            ):
                 msg = f"{owner}: {label} is an import string 'module:function', found {found!r}"
                 raise DeclarationError(msg)
         if not isinstance(self.summary, str) or not self.summary.strip() or "\n" in self.summary:
@@ -511,7 +523,9 @@ class BackendSpec:
         object.__setattr__(self, "aliases", tuple(self.aliases))
         for name in (self.name, *self.aliases):
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                msg = f"BackendSpec: a name is a plain word of a-z, 0-9 and _, not starting with a digit, found {name!r}"
+                msg = (
+                    f"BackendSpec: a name is a plain word of a-z, 0-9 and _, not starting with a digit, found {name!r}"
+                )
                 raise DeclarationError(msg)
         if type(self.api) is not int or self.api < 1:
             msg = f"BackendSpec({self.name!r}): api is the version of the meanings, a number from 1, found {self.api!r}"
@@ -551,10 +565,10 @@ class BackendSpec:
 
     def _check_contradictions(self, owner: str) -> None:
         alternatives = self.alternatives
-        if isinstance(self.context_parallel, ContextParallelSupport) and self.context_parallel.ring:
-            if not any(item.lse for item in alternatives):
-                msg = f"{owner}: ring merges partial results by their lse, but no alternative declares lse"
-                raise DeclarationError(msg)
+        ring = isinstance(self.context_parallel, ContextParallelSupport) and self.context_parallel.ring
+        if ring and not any(item.lse for item in alternatives):
+            msg = f"{owner}: ring merges partial results by their lse, but no alternative declares lse"
+            raise DeclarationError(msg)
         if self.autograd != "core":
             return
         differentiable = [item for item in alternatives if not isinstance(item.backward, No)]

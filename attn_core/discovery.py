@@ -6,10 +6,10 @@ pluggy is used here and nowhere on the way of a call. Nothing is printed, whatev
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attn_core.declaration import API, BackendSpec
 from attn_core.guard import Raised, attempt, plain
@@ -37,8 +37,7 @@ class HookError(Exception):
     """A declaration that is not what the hook asks for."""
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     """A distribution with entry points of ours; ``problem`` where they can't be read."""
 
     distribution: Installed

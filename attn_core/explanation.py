@@ -65,9 +65,8 @@ class Explanation:
         here = [verdict for verdict in self.verdicts if verdict.status != registry.NOT_INSTALLED]
         width = max((len(verdict.name) for verdict in here), default=0)
         lines = [f"Call: {_shown(self.facts)}"] if self.facts is not None else []
-        lines.append(
-            f"Runs on: {self.chosen} (chosen by {self.chosen_by})" if self.chosen else f"Refused (chosen by {self.chosen_by}): {self.error}"
-        )
+        outcome = f"Runs on: {self.chosen}" if self.chosen else "Refused"
+        lines.append(f"{outcome} (chosen by {self.chosen_by})" + (f": {self.error}" if self.error else ""))
         for verdict in here:
             mark = "yes" if verdict.admitted else "no "
             lines.append(f"  {mark}  {verdict.name.ljust(width)}  {'; '.join(verdict.reasons)}".rstrip())
@@ -133,9 +132,9 @@ def explain_shapes(
         msg = f"dtype: found {dtype!r}; accepted: a dtype of torch such as bfloat16, float16, float32"
         raise CallRefused(msg)
     backend = options.pop("backend", None)
-    tensors = [torch.empty(tuple(shape), dtype=kind, device="meta") for shape in (query, key, value)]
+    first, second, third = (torch.empty(tuple(shape), dtype=kind, device="meta") for shape in (query, key, value))
     try:
-        facts = read(*tensors, options).facts
+        facts = read(first, second, third, options).facts
     except CallRefused as error:
         return Explanation(None, str(error), None, "the call", str(error), ())
     return explain_facts(replace(facts, **_device_facts(device)), backend)
@@ -145,7 +144,7 @@ def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None) -> E
     """``explain`` from the facts of a call."""
     verdicts = tuple(_verdict(row, facts) for row in registry.known_rows())
     choice = selection.in_force() if backend is None else selection.normalized(backend)
-    chosen_by = "the call" if backend is not None else selection.origin(choice)
+    chosen_by = "the call" if backend is not None else selection.origin()
     chosen, errors = None, []
     for name in selection.listed(choice):
         try:
@@ -185,7 +184,17 @@ def _device_facts(device: str) -> dict[str, Any]:
     return {"platform": platform, "compute_capability": None}
 
 
-_SHOWN = ("causal", "window_size", "softcap", "dropout", "deterministic", "return_lse", "backward", "mask_gradient", "compiled")
+_SHOWN = (
+    "causal",
+    "window_size",
+    "softcap",
+    "dropout",
+    "deterministic",
+    "return_lse",
+    "backward",
+    "mask_gradient",
+    "compiled",
+)
 
 
 def _shown(facts: Facts | None) -> str:
@@ -195,7 +204,8 @@ def _shown(facts: Facts | None) -> str:
         facts.platform + (" {}.{}".format(*facts.compute_capability) if facts.compute_capability else ""),
         facts.dtype,
         f"{facts.heads} heads" + (f" on {facts.key_heads} key heads" if facts.gqa else ""),
-        f"head_dim {facts.head_dim}" + (f", value {facts.value_head_dim}" if facts.value_head_dim != facts.head_dim else ""),
+        f"head_dim {facts.head_dim}"
+        + (f", value {facts.value_head_dim}" if facts.value_head_dim != facts.head_dim else ""),
         f"lengths {facts.lengths}",
         f"mask {facts.mask}",
     ]

@@ -58,7 +58,7 @@ class Installed:
         return self.source.read_text(file)
 
     def headers(self) -> Message | None:
-        """Its METADATA or PKG-INFO; None where that is absent, empty or no text.
+        """Its METADATA or PKG-INFO; None where that is absent, no text, or does not even say a name.
 
         Read here, since importlib.metadata parses the long description too, and has another answer to a file that is
         not there on each version of Python.
@@ -69,7 +69,8 @@ class Installed:
             text = self.read("METADATA") or self.read("PKG-INFO")
         except UnicodeDecodeError:
             return None
-        return HeaderParser().parsestr(text) if text else None
+        headers = HeaderParser().parsestr(text or "")
+        return headers if headers["Name"] else None
 
 
 @cache

@@ -5,6 +5,8 @@ torch is imported here: the public names reach users through ``attn_core``, whic
 
 from __future__ import annotations
 
+from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -38,7 +40,8 @@ class Description:
         kept = self._prepared.get(name)
         if kept is None or kept[0] != versions:
             kept = self._prepared[name] = (versions, build())
-        return kept[1]  # type: ignore[no-any-return]
+        prepared: Prepared = kept[1]
+        return prepared
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": {}}
@@ -178,9 +181,9 @@ def _check_offsets(label: str, value: object) -> None:
 
 def _lengths(label: str, offsets: torch.Tensor) -> list[int]:
     values = offsets.tolist()
-    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0 or min(lengths) < 0:
-        msg = f"Packed: {label} starts with 0 and never falls; found {values if len(values) < 20 else values[:20] + ['...']}"
+        msg = f"Packed: {label} starts with 0 and never falls; found {values[:20]}"
         raise CallRefused(msg)
     return lengths
 
@@ -189,14 +192,10 @@ def _longest(side: str, lengths: list[int], given: object) -> int:
     longest = max(lengths)
     if given is None:
         return longest
-    try:
-        number = int(given)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        number = -1
-    if isinstance(given, bool) or number != given or number < longest:
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < longest:
         msg = f"Packed: max_seqlen_{side} is a whole number, at least the longest sequence ({longest}); found {given!r}"
         raise CallRefused(msg)
-    return number
+    return int(given)
 
 
 def diagonal_mask(
@@ -297,12 +296,12 @@ def visible_mask(
     """
     query_length, key_length = query.shape[1], key.shape[1]
     if isinstance(attn_mask, Packed):
-        description = attn_mask
-        mask = description.prepared(
+        packed = attn_mask
+        inside: torch.Tensor = packed.prepared(
             ("packed_mask", query_length, key_length, causal, window_size),
-            lambda: packed_mask(description, query_length, key_length, causal=causal, window_size=window_size),
+            lambda: packed_mask(packed, query_length, key_length, causal=causal, window_size=window_size),
         )
-        return mask[None, None]
+        return inside[None, None]
     diagonal = diagonal_mask(query_length, key_length, causal=causal, window_size=window_size, device=query.device)
     mask = None if diagonal is None else diagonal[None, None]
     if isinstance(attn_mask, KeyPadding):

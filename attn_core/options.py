@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from attn_core.errors import CallRefused
@@ -17,8 +17,9 @@ def number(label: str, value: Any, accepted: str) -> float:
     >>> number("scale", 2, "a finite number")
     2.0
     """
-    if isinstance(value, Real) and not isinstance(value, bool) and -inf < value < inf:
-        return float(value)
+    found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else inf
+    if -inf < found < inf:
+        return found
     msg = f"{label}: found {_shown(value)}; accepted: {accepted}"
     raise CallRefused(msg)
 
@@ -53,7 +54,11 @@ def switch(label: str, value: Any) -> bool:
     >>> switch("causal", 1)
     True
     """
-    if isinstance(value, bool) or (isinstance(value, Real) and value in (0, 1)) or type(value).__name__ in ("bool_", "bool"):
+    if (
+        isinstance(value, bool)
+        or (isinstance(value, Real) and value in (0, 1))
+        or type(value).__name__ in ("bool_", "bool")
+    ):
         return bool(value)
     msg = f"{label}: found {_shown(value)}; accepted: True or False"
     raise CallRefused(msg)
@@ -77,9 +82,10 @@ def window_of(value: Any, *, causal: bool) -> tuple[int, int] | None:
 
 
 def _is_window_side(side: Any) -> bool:
-    if isinstance(side, bool) or not isinstance(side, (Integral, Real)):
+    if isinstance(side, bool) or not isinstance(side, Real):
         return False
-    return bool(UNLIMITED <= side < inf and side == int(side))
+    number = float(side)
+    return UNLIMITED <= number < inf and number == int(number)
 
 
 def _shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def read(query: Any, key: Any, value: Any, options: dict[str, Any]) -> Call:
         return_lse=checked["return_lse"],
         backward=needs_graph(query, key, value, attn_mask),
         vmap=torch._C._are_functorch_transforms_active(),
-        forward_mode=_has_tangent(query, key, value, attn_mask),
+        forward_mode=has_tangent(query, key, value, attn_mask),
     )
     empty = not (query.shape[0] and query.shape[1] and key.shape[1])
     return Call(facts, passed_options(checked, attn_mask, query.shape[-1]), autocast, empty)
@@ -111,7 +112,7 @@ def passed_options(checked: dict[str, Any], attn_mask: Any, head_dim: int) -> di
 
 def default_scale(head_dim: int) -> float:
     """1/sqrt(D)."""
-    return float(head_dim) ** -0.5
+    return 1 / sqrt(head_dim)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -122,7 +123,9 @@ def check_tensors(query: Any, key: Any, value: Any) -> None:
     named = (("query", query), ("key", key), ("value", value))
     for label, tensor in named:
         if not isinstance(tensor, torch.Tensor):
-            msg = f"{label}: found {type(tensor).__name__}; accepted: a torch.Tensor of shape (batch, length, heads, head_dim)"
+            msg = (
+                f"{label}: found {type(tensor).__name__}; accepted: a tensor of shape (batch, length, heads, head_dim)"
+            )
             raise CallRefused(msg)
         if tensor.layout != torch.strided or getattr(tensor, "is_nested", False):
             layout = "nested" if getattr(tensor, "is_nested", False) else str(tensor.layout)
@@ -185,7 +188,7 @@ def _check_sizes(query: torch.Size, key: torch.Size, value: torch.Size) -> None:
 
 def _transposed_hint(query: torch.Size, key: torch.Size) -> str:
     if query[1] == key[1] < key[2]:
-        return ". The layout is (batch, length, heads, head_dim); tensors of (batch, heads, length, head_dim) need .transpose(1, 2)"
+        return ". The layout is (batch, length, heads, head_dim); what is (batch, heads, length, head_dim) needs .transpose(1, 2)"
     return ""
 
 
@@ -219,10 +222,11 @@ def needs_graph(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(item, torch.Tensor) and item.requires_grad for item in tensors)
 
 
-def _has_tangent(*tensors: Any) -> bool:
+def has_tangent(*tensors: Any) -> bool:
+    """Whether forward-mode differentiation reaches any of these."""
     if torch.autograd.forward_ad._current_level < 0:
         return False
-    unpack = torch.autograd.forward_ad.unpack_dual
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
     return any(isinstance(item, torch.Tensor) and unpack(item).tangent is not None for item in tensors)
 
 
@@ -275,7 +279,8 @@ def check_dense_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor)
         hint = ""
         if mask.ndim == 2:
             hint = ". For padding of keys (B, Skv) use KeyPadding(mask.bool()); for one (Sq, Skv) mask use mask[None, None]"
-        msg = f"attn_mask: found shape {tuple(mask.shape)}; accepted: 4 dimensions, broadcastable to (B, Hq, Sq, Skv) = {full}{hint}"
+        found, accepted = tuple(mask.shape), f"4 dimensions, broadcastable to (B, Hq, Sq, Skv) = {full}"
+        msg = f"attn_mask: found shape {found}; accepted: {accepted}{hint}"
         raise CallRefused(msg)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         msg = (
@@ -303,7 +308,9 @@ def _check_packed(mask: Packed, query: torch.Tensor, key: torch.Tensor) -> None:
         return  # made inside traced code, where values can't be read
     for label, total, length in (("q", mask.total_q, query.shape[1]), ("k", mask.total_k, key.shape[1])):
         if total != length:
-            msg = f"attn_mask: Packed.cu_seqlens_{label} ends with {total}; accepted: the length of the tensor, {length}"
+            msg = (
+                f"attn_mask: Packed.cu_seqlens_{label} ends with {total}; accepted: the length of the tensor, {length}"
+            )
             raise CallRefused(msg)
 
 

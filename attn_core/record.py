@@ -52,8 +52,8 @@ class Row:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Further names of the same backend."""
-        return () if self.spec is None else tuple(self.spec.aliases)
+        """Further names of the same backend, in order."""
+        return () if self.spec is None else tuple(sorted(self.spec.aliases))
 
     @property
     def qualified_name(self) -> str:

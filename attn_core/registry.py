@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from attn_core import installed
 from attn_core.discovery import discover
@@ -51,8 +51,7 @@ __all__ = [
 _LIST = "attn list-backends shows what is installed"
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """What discovery found: each row by itself, and as it is shown where several claim its name."""
 
     own: tuple[Row, ...]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
@@ -29,8 +28,7 @@ class RequirementError(ValueError):
     """A distribution asks for something that its own metadata does not have."""
 
 
-@dataclass(frozen=True)
-class Unmet:
+class Unmet(NamedTuple):
     """A requirement that is not met: what is asked for, and the version found, None where there is none."""
 
     requirement: str
@@ -40,8 +38,7 @@ class Unmet:
         return f"needs {self.requirement}" + (f", found {self.found}" if self.found else "")
 
 
-@dataclass(frozen=True)
-class Shortfall:
+class Shortfall(NamedTuple):
     """Why a backend can't be used as things are installed."""
 
     status: str
@@ -49,8 +46,7 @@ class Shortfall:
     next_step: str
 
 
-@dataclass(frozen=True)
-class Needed:
+class Needed(NamedTuple):
     """What the metadata of one distribution says that it needs."""
 
     distribution: str
@@ -199,14 +195,29 @@ def module_is_there(name: str) -> bool:
         return sys.modules[name] is not None
     top, *rest = name.split(".")
     try:
-        spec = find_spec(top)
-        for depth, _ in enumerate(rest, start=2):
-            if spec is None or spec.submodule_search_locations is None:
-                return False
-            spec = PathFinder.find_spec(".".join(name.split(".")[:depth]), spec.submodule_search_locations)
-    except (ImportError, ValueError):  # the parent in sys.modules is a stand-in without a spec
+        found = find_spec(top)
+    except ValueError:  # a stand-in in sys.modules, without a spec
         return False
-    return spec is not None and spec.origin is not None
+    for part in rest:
+        if found is None or found.submodule_search_locations is None:
+            return False
+        found = _below(part, found.submodule_search_locations)
+    return found is not None and found.loader is not None and found.origin is not None
+
+
+def _below(part: str, folders: Iterable[str]) -> ModuleSpec | None:
+    """Find a part of a package in its folders, as import does, but with no need of the package itself."""
+    from pkgutil import get_importer
+
+    bare = ModuleSpec(part, None, is_package=True)
+    for folder in folders:
+        finder = get_importer(folder)
+        found = finder.find_spec(part) if finder is not None else None
+        if found is not None and found.loader is not None:
+            return found
+        if found is not None and found.submodule_search_locations and bare.submodule_search_locations is not None:
+            bare.submodule_search_locations += found.submodule_search_locations
+    return bare if bare.submodule_search_locations else None
 
 
 def _library_shortfall(spec: BackendSpec) -> Shortfall | None:

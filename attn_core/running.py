@@ -99,7 +99,7 @@ class _WithBackward(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Any, _: Any) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
         grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
@@ -112,7 +112,8 @@ def with_backward(adapter: Adapter, query: Any, key: Any, value: Any, **options:
         key = key.view_as(key)
     if value is query or value is key:
         value = value.view_as(value)
-    out, lse = _WithBackward.apply(query, key, value, adapter, options)
+    apply: Any = _WithBackward.apply
+    out, lse = apply(query, key, value, adapter, options)
     return (out, lse) if options.get("return_lse") else out
 
 
@@ -121,14 +122,14 @@ def with_backward(adapter: Adapter, query: Any, key: Any, value: Any, **options:
 
 def check_result(name: str, result: Any, query: torch.Tensor, value: torch.Tensor, call: Call) -> None:
     """Hold the first result of a kind of call to shape, dtype and form; a kernel that lies is found here."""
-    wanted_shape = (*query.shape[:3], value.shape[3])
+    wanted_shape: tuple[int, ...] = (*query.shape[:3], value.shape[3])
     wanted_dtype = getattr(torch, call.facts.dtype)
     out, lse = result if call.facts.return_lse and type(result) is tuple and len(result) == 2 else (result, None)
     if not isinstance(out, torch.Tensor) or tuple(out.shape) != wanted_shape or out.dtype != wanted_dtype:
         _lied(name, "result", out, wanted_shape, wanted_dtype)
     if not call.facts.return_lse:
         return
-    wanted_shape = (query.shape[0], query.shape[2], query.shape[1])  # type: ignore[assignment]
+    wanted_shape = (query.shape[0], query.shape[2], query.shape[1])
     wanted_dtype = torch.float64 if wanted_dtype == torch.float64 else torch.float32
     if not isinstance(lse, torch.Tensor) or tuple(lse.shape) != wanted_shape or lse.dtype != wanted_dtype:
         _lied(name, "lse", lse, wanted_shape, wanted_dtype)

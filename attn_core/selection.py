@@ -25,8 +25,8 @@ DEFAULT = "native"
 VARIABLE = "ATTN_BACKEND"
 
 # Reading os.environ costs 0.4 microseconds, its data 0.03; where a platform has no such data the slow way is taken.
-_environment: dict[Any, Any] = getattr(os.environ, "_data", None) or os.environ  # type: ignore[assignment]
-VARIABLE_KEY: Any = VARIABLE if _environment is os.environ else os.environ.encodekey(VARIABLE)  # type: ignore[attr-defined]
+_environment: Any = getattr(os.environ, "_data", None) or os.environ
+VARIABLE_KEY: Any = VARIABLE if _environment is os.environ else os.environ.encodekey(VARIABLE)
 read_environment = _environment.get
 """Of ``VARIABLE_KEY``: the environment's raw word, which costs next to nothing to read and to compare."""
 
@@ -74,7 +74,7 @@ def listed(choice: Choice | None) -> tuple[str, ...]:
     return (choice,) if isinstance(choice, str) else choice
 
 
-def origin(choice: Choice | None) -> str:
+def origin() -> str:
     """Who chose, for messages."""
     if scopes() and not scopes()[-1].closed:
         return "use_backend or bind"

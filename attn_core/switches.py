@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from attn_core.installed import normalized
 
@@ -15,8 +14,7 @@ DISABLE = "ATTN_DISABLE"
 ONLY = "ATTN_ONLY"
 
 
-@dataclass(frozen=True)
-class Switches:
+class Switches(NamedTuple):
     """Names, distributions or ``distribution:name``; ``only`` is None where everything may be used."""
 
     disable: tuple[str, ...] = ()

@@ -78,7 +78,7 @@ def _resolve(
     lengths: str,
     mask: dict[str, Any],
     window_size: Any,
-    switches: dict[str, bool],
+    switches: dict[str, Any],
     presence: tuple[bool, bool, bool],
 ) -> tuple[str, str, str]:
     """Find the backend while tracing: ("run", where it is, whose graph) or ("refused", which error, why)."""

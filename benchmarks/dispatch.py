@@ -53,7 +53,15 @@ def seed_over_stub(checks: bool):
     registry, name = seed._AttentionBackendRegistry, seed.AttentionBackendName.FLASH
 
     def stub(
-        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, _parallel_config=None
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+        _parallel_config=None,
     ):
         return query
 
@@ -122,7 +130,7 @@ def main() -> None:
         print(f"  {name:<40}{added:8.2f}   {added / off:5.2f} x checks off   {added / on:5.2f} x checks on")
 
     set_backend("native")
-    tiny = torch.randn(1, 8, 2, 16)
+    tiny = torch.randn(1, 16, 2, 16)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     planned = plan(tiny, tiny, tiny)
     dispatch = seed_native()

@@ -36,7 +36,8 @@ def main() -> None:
     }
     dense = LENGTH * LENGTH
     result = LENGTH * HEADS * HEAD_DIM * 4
-    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {device}, B 1, S {LENGTH}, H {HEADS}, D {HEAD_DIM}, float32")
+    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {device}, float32")
+    print(f"B 1, S {LENGTH}, H {HEADS}, D {HEAD_DIM}")
     print(f"one dense bool mask: {dense / 2**20:.1f} MiB; the result: {result / 2**20:.1f} MiB\n")
     for backend in ("native", "native_flash"):
         for name, options in calls.items():

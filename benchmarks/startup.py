@@ -34,7 +34,9 @@ def make_distributions(folder: Path) -> None:
         metadata = folder / f"dist_{number}-1.{number}.dist-info"
         metadata.mkdir()
         requires = "\n".join(f"Requires-Dist: dist-{other}>=1" for other in range(number % 7))
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dist-{number}\nVersion: 1.{number}\n{requires}\n")
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: dist-{number}\nVersion: 1.{number}\n{requires}\n"
+        )
         entry_points = "[console_scripts]\nsome = some:main\n"
         if number % 10 == 0:
             (folder / f"wheel{number}.py").write_text(DECLARATION.format(number=number))
@@ -69,7 +71,9 @@ def main() -> None:
                 if turn:  # the first writes the bytecode
                     times[command].append(taken)
         bare = statistics.median(times["bare imports"])
-        print(f"Python {sys.version.split()[0]}; whole processes, seconds, median of {ROUNDS}; bare imports: {imports}\n")
+        print(
+            f"Python {sys.version.split()[0]}; whole processes, seconds, median of {ROUNDS}; bare imports: {imports}\n"
+        )
         for command, found in times.items():
             middle = statistics.median(found)
             print(f"  {command:<22}{middle:7.3f}   smallest {min(found):.3f}   {middle / bare:5.2f} x bare imports")

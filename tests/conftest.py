@@ -58,7 +58,9 @@ KERNELS = """
 """
 
 
-def write_distribution(folder: Path, distribution: str, version: str, modules: dict[str, str], declaration: str) -> None:
+def write_distribution(
+    folder: Path, distribution: str, version: str, modules: dict[str, str], declaration: str
+) -> None:
     """Write what an installed wheel leaves behind: its modules, and metadata with an entry point."""
     for name, text in modules.items():
         (folder / f"{name}.py").write_text(dedent(text))

@@ -24,7 +24,7 @@ def options_seen(**options):
     return stub_kernels.calls[0]
 
 
-SCALE = 8**-0.5
+SCALE = 1 / 8**0.5
 
 
 @pytest.mark.parametrize("again", [1, 2])
@@ -157,9 +157,7 @@ def test_masks_of_other_lengths_are_refused_after_right_ones_were_accepted():
         attention(Q[:1, :5], Q[:1], Q[:1], attn_mask=packed, backend="spy")
 
 
-@pytest.mark.parametrize(
-    "offsets", [[1, 3], [0, 3, 2], [0]], ids=["does not begin with 0", "falls", "no sequence"]
-)
+@pytest.mark.parametrize("offsets", [[1, 3], [0, 3, 2], [0]], ids=["does not begin with 0", "falls", "no sequence"])
 def test_offsets_that_make_no_sense_are_refused(offsets):
     with pytest.raises(CallRefused, match="Packed: cu_seqlens_q"):
         Packed(torch.tensor(offsets, dtype=torch.int32))

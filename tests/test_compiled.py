@@ -131,7 +131,11 @@ def test_dynamic_lengths_are_compiled_once():
     for length in (17, 19, 64, 33):
         call(torch.randn(2, length, 2, 8))
     assert counter.frame_count == 1
-    for length in (2, 7, 15):  # torch's CPU kernel loses NaN below 16 keys, so native masks there, in a graph of its own
+    for length in (
+        2,
+        7,
+        15,
+    ):  # torch's CPU kernel loses NaN below 16 keys, so native masks there, in a graph of its own
         call(torch.randn(2, length, 2, 8))
     assert counter.frame_count == 2
 
@@ -139,7 +143,9 @@ def test_dynamic_lengths_are_compiled_once():
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_refusals_are_loud_in_compiled_code(fullgraph):
     call = torch.compile(
-        lambda query: attention(query, query, query, softcap=2.0, backend="gamma"), fullgraph=fullgraph, backend="aot_eager"
+        lambda query: attention(query, query, query, softcap=2.0, backend="gamma"),
+        fullgraph=fullgraph,
+        backend="aot_eager",
     )
     with pytest.raises(Exception, match="softcap: not supported") as caught:
         call(Q)
@@ -218,7 +224,7 @@ def test_without_guarded_objects_the_default_is_followed_and_an_open_scope_refus
     with use_backend("beta"), pytest.raises(Exception, match="scope of use_backend or bind is open"):
         call(Q)
     assert number_of(call(Q)) == 1
-    inside = compiled(lambda query: scoped(query))
+    inside = compiled(scoped)
     assert number_of(inside(Q)) == 2
     with use_backend("beta"):
         assert number_of(compiled(lambda query: attention(query, query, query, backend="gamma"))(Q)) == 3

@@ -119,7 +119,7 @@ def test_thousands_of_drawn_calls_with_few_options_are_right_or_refused(backend,
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "flex"])
 def test_what_a_query_sees_is_never_hidden(backend, device):
-    limits = {**PLAIN, "mask": ["none", "bool", "float", "key_padding", "packed"], "gradients": [()], "return_lse": [False],
+    limits = {**PLAIN, "mask": ["none", "bool", "float", "key_padding", "packed"], "gradients": [()], "return_lse": [False], "mode": ["grad"],
               "batch": [1, 2], "queries": [1, 3, 8, 17], "keys": [None, 1, 5, 33], "layouts": ["contiguous"]}  # fmt: skip
 
     @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -167,7 +167,7 @@ def visible_keys(built):
 DROPPED = {
     "spoiled": [None], "autocast": [None], "dim": [16], "value_dim": [None], "deterministic": [False], "amplitude": [1.0],
     "batch": [1, 2], "queries": [16, 5, 33, 1], "keys": [16], "gradients": [("query", "key", "value"), ("query",)],
-    "grad_mode": [True],
+    "mode": ["grad"],
 }  # fmt: skip
 DROPS = {"native": 10, "native_math": 30, "native_flash": 0, "native_efficient": 0, "native_cudnn": 0}
 

@@ -78,7 +78,11 @@ def test_alias_and_qualified_name_reach_the_backend():
 
 
 def test_unknown_name_is_refused_where_it_is_chosen():
-    for choose in (set_backend, lambda name: use_backend(name).__enter__(), lambda name: bind(torch.nn.Identity(), name)):
+    for choose in (
+        set_backend,
+        lambda name: use_backend(name).__enter__(),
+        lambda name: bind(torch.nn.Identity(), name),
+    ):
         with pytest.raises(BackendNotUsable, match="alpha"):
             choose("alpah")
     with pytest.raises(BackendNotUsable, match="alpha"):

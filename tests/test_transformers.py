@@ -149,7 +149,9 @@ def test_chunked_prefill_on_a_dynamic_cache_matches_eager(model):
     for implementation in ("eager", "attn"):
         with torch.no_grad():
             first = outputs(model, implementation, ids[:, :7], None, use_cache=True)
-            second = outputs(model, implementation, ids[:, 7:], None, past_key_values=first.past_key_values, use_cache=True)
+            second = outputs(
+                model, implementation, ids[:, 7:], None, past_key_values=first.past_key_values, use_cache=True
+            )
         found[implementation] = second.logits
     torch.testing.assert_close(found["attn"], found["eager"], atol=2e-5, rtol=1e-4)
 
@@ -162,7 +164,9 @@ def test_packed_position_ids_match_eager():
     found = {}
     for implementation in ("eager", "attn"):
         with torch.no_grad():
-            found[implementation] = outputs(model, implementation, ids, None, position_ids=positions, use_cache=False).logits
+            found[implementation] = outputs(
+                model, implementation, ids, None, position_ids=positions, use_cache=False
+            ).logits
     torch.testing.assert_close(found["attn"], found["eager"], atol=2e-5, rtol=1e-4)
 
 
@@ -173,7 +177,9 @@ def test_compiled_model_matches_eager():
     with torch.no_grad():
         expected = outputs(model, "eager", ids, mask, use_cache=False).logits
         model.set_attn_implementation("attn")
-        found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, attention_mask=mask, use_cache=False).logits
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(
+            ids, attention_mask=mask, use_cache=False
+        ).logits
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=1e-4)
 
 
@@ -205,7 +211,8 @@ def test_keywords_that_change_the_meaning_are_refused_and_harmless_ones_ignored(
 
 def test_a_model_with_attention_sinks_is_refused():
     config = transformers.GptOssConfig(
-        **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}, layer_types=["full_attention"] * 2
+        **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},
+        layer_types=["full_attention"] * 2,
     )
     model = transformers.GptOssForCausalLM(config)
     model.config._attn_implementation = "attn"

@@ -1,1 +1,1 @@
-"""The subcommands of ``attn``: each a module with ``HELP``, ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""
+"""The subcommands of ``attn``: each a module with ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""

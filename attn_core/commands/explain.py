@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-HELP = "say for each backend whether it would run a call with these shapes and options, and every reason why not"
-
 _SHAPE = "batch,length,heads,head_dim"
 
 

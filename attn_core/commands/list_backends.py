@@ -10,8 +10,6 @@ from attn_core import listing, registry
 if TYPE_CHECKING:
     import argparse
 
-HELP = "list every backend that is installed, with its status and what to do where it can't be used"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 
 from attn_core import CallRefused, Packed, attention
 
@@ -183,7 +188,8 @@ def attention_mask(
         return None
     if mask_function is bidirectional_mask_function and padding is not None:
         return padding[:, None, None, :]
-    return sdpa_mask(  # type: ignore[no-any-return]
+    make: Callable[..., torch.Tensor | None] = sdpa_mask
+    return make(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,

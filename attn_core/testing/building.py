@@ -144,7 +144,8 @@ def _mask(case: Case, full: tuple[int, int, int, int], random: torch.Generator) 
         if case.mask == "bool":
             return visible.to(case.device)
         dtype = getattr(torch, case.dtype if case.mask_dtype == "same" else case.mask_dtype)
-        numbers = torch.randn(shape, generator=random, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+        hidden = torch.finfo(dtype).min if case.mask_hides == "far" else -torch.inf
+        numbers = torch.randn(shape, generator=random, dtype=torch.float64).masked_fill(~visible, hidden)
         return numbers.to(case.device, dtype)
 
     return lay_out(shape, case.mask_layout, fresh)
@@ -156,7 +157,7 @@ def _visible(case: Case, shape: tuple[int, ...], random: torch.Generator) -> tor
     if case.mask_hides == "everything":
         return torch.zeros(shape, dtype=torch.bool)
     visible = torch.rand(shape, generator=random) < 0.7
-    if case.mask_hides == "rows":
+    if case.mask_hides in ("rows", "far"):
         visible = visible & (torch.rand((*shape[:-1], 1), generator=random) < 0.6)
     return visible
 

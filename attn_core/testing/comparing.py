@@ -32,6 +32,11 @@ def compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
         AssertionError: result, lse or a gradient is off, an input was changed, the result aliases an input, ...; what else the
             call raises passes through.
     """
+    with torch.inference_mode() if case.mode == "inference" else nullcontext():
+        return _compare(case, call)
+
+
+def _compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
     built = case.build()
     before = {name: _bits(tensor) for name, tensor in built.inputs().items()}
     try:
@@ -60,13 +65,16 @@ def expect(message: str, *, holds: bool) -> None:
 def _call(case: Case, built: Built, call: Callable[..., Any]) -> Any:
     device = torch.device(case.device).type
     autocast = nullcontext() if case.autocast is None else torch.autocast(device, getattr(torch, case.autocast))
-    with autocast, torch.set_grad_enabled(case.grad_mode):
+    with autocast, torch.set_grad_enabled(case.mode == "grad"):
         return call(built.query, built.key, built.value, **built.options)
 
 
 def _bits(tensor: Any) -> Any:
     """The numbers of a tensor, and how often it was written to."""
-    return (tensor._version, tensor.detach().clone()) if isinstance(tensor, torch.Tensor) else None  # noqa: SLF001 (no public name)
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    writes = 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 (no public name)
+    return writes, tensor.detach().clone()
 
 
 def _same(before: Any, after: Any) -> bool:
@@ -86,7 +94,7 @@ def _check_results(case: Case, built: Built, out: Any, lse: Any) -> None:
     expect(f"shape of the result: {tuple(out.shape)}", holds=out.shape == (batch, queries, heads, built.value.shape[3]))
     expect(f"dtype of the result: {out.dtype}", holds=out.dtype == dtype)
     expect(f"device of the result: {out.device}", holds=out.device == built.query.device)
-    graph = case.grad_mode and any(tensor.requires_grad for tensor in built.inputs().values())
+    graph = case.mode == "grad" and any(tensor.requires_grad for tensor in built.inputs().values())
     expect(f"the result requires_grad={out.requires_grad}", holds=out.requires_grad == graph)
     if lse is not None:
         expect(f"shape of lse: {tuple(lse.shape)}", holds=lse.shape == (batch, heads, queries))
@@ -120,7 +128,7 @@ def _wanted(built: Built) -> dict[str, torch.Tensor]:
 
 def _gradients(case: Case, built: Built, out: torch.Tensor) -> dict[str, torch.Tensor]:
     wanted = _wanted(built)
-    if not wanted or not case.grad_mode:
+    if not wanted or case.mode != "grad":
         return {}
     found = torch.autograd.grad(out, list(wanted.values()), built.grad_out.to(out.dtype))
     return dict(zip(wanted, found, strict=True))

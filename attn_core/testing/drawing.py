@@ -26,15 +26,15 @@ class Choose(Protocol):
 
 
 NUMPY = "numpy."
-LENGTHS = (4, 1, 2, 3, 5, 7, 8, 16, 17, 33, 0, 65, 130)
+LENGTHS = (4, 1, 2, 3, 5, 7, 8, 16, 17, 33, 0, 65, 130) * 3
 
 CHOICES: dict[str, Sequence[Any]] = {
     "dtype": ("float32", "float32", "bfloat16", "float16", "float64"),
     "batch": (1, 2, 2, 3, 0),
-    "queries": LENGTHS,
-    "keys": (None, None, *LENGTHS),
+    "queries": (*LENGTHS, 300, 770),
+    "keys": (*(None,) * 6, *LENGTHS, 300, 600),
     "heads": ((1, 1), (2, 2), (2, 1), (4, 2), (6, 2), (3, 3)),
-    "dim": (8, 1, 3, 16, 24, 32, 64, 80),
+    "dim": (8, 1, 3, 16, 24, 32, 64, 80, 128),
     "value_dim": (None, None, None, 8, 1, 5, 16, 64),
     "mask": ("none", "none", "bool", "float", "key_padding", "packed"),
     "mask_once": tuple(
@@ -42,7 +42,7 @@ CHOICES: dict[str, Sequence[Any]] = {
         for pattern in ("0000", "1100", "0110", "0100", "1001", "1110", "1111", "0010")
     ),
     "mask_dtype": ("same", "same", "float32"),
-    "mask_hides": ("some", "nothing", "rows", "everything"),
+    "mask_hides": ("some", "nothing", "rows", "far", "everything"),
     "causal": (False, True),
     "window_size": (None, None, None, (-1, -1), (0, 0), (2, 1), (1, -1), (-1, 2), (3, 0), (40, 40), (0, -1), (-1, 0)),
     "scale": (None, None, None, 0.5, 0, -0.3, 2, f"{NUMPY}float32(0.25)", f"{NUMPY}int64(1)", 0.0),
@@ -59,7 +59,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "grad_layout": ("contiguous", "expanded", "transposed", "last strided"),
     "mask_layout": ("contiguous", "sliced", "transposed", "expanded", "last strided"),
     "autocast": (None,) * 9 + ("bfloat16", "float16"),
-    "grad_mode": (True,) * 7 + (False,),
+    "mode": (*("grad",) * 7, "no_grad", "inference"),
     "amplitude": (1.0, 1.0, 1.0, 4.0, 1e-3),
     "spoiled": (None,) * 400 + tuple(SPOIL),
     "seed": tuple(range(50)),
@@ -82,7 +82,8 @@ class Case:
         mask: kind of attn_mask, one of ``attn_core.facts.MASKS``.
         mask_once: which of (B, Hq, Sq, Skv) a dense mask gives once for all.
         mask_dtype: of a float mask, "same" as query's.
-        mask_hides: which keys a mask hides: "nothing", "some", "rows" (all keys of some queries, too) or "everything".
+        mask_hides: which keys a mask hides: "nothing", "some", "rows" (all keys of some queries, too) or "everything"; "far" is
+            as "rows", and a float mask has the most negative finite number there in place of -inf, which hides nothing.
         causal: as in ``attention``.
         window_size: as in ``attention``.
         scale: as in ``attention``; a string that begins with "numpy." stands for that numpy scalar.
@@ -94,7 +95,7 @@ class Case:
         grad_layout: strides of the gradient of the result.
         mask_layout: strides of a dense mask.
         autocast: dtype that autocast is on with, or None.
-        grad_mode: False is a call inside ``torch.no_grad()``.
+        mode: "grad"; "no_grad" or "inference" is a call inside ``torch.no_grad()`` or ``torch.inference_mode()``.
         amplitude: size of the numbers.
         spoiled: what makes the call senseless, one of ``spoiling.SPOIL``, or None.
         seed: of the numbers.
@@ -123,7 +124,7 @@ class Case:
     grad_layout: str = "contiguous"
     mask_layout: str = "contiguous"
     autocast: str | None = None
-    grad_mode: bool = True
+    mode: str = "grad"
     amplitude: float = 1.0
     spoiled: str | None = None
     seed: int = 0

@@ -2,7 +2,7 @@
 
 Dynamo keeps what it compiles with a code object and stops at ``torch._dynamo.config.recompile_limit`` (8); from then on the
 code would run uncompiled. So each kind of call gets a code object of its own, in which at most lengths become dynamic
-(three compilations for any number of lengths), and reaching the limit raises.
+(two or three compilations for any number of lengths), and reaching the limit raises.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ COMPILER = "inductor"
 KINDS_KEPT = 256
 _SHAPES_KEPT = 4096
 
+# A length is fixed in the code until a second one comes. Code around us that was compiled with dynamic=True or False sets
+# this for all that it calls.
+_LENGTHS = {"assume_static_by_default": True, "automatic_dynamic_shapes": True}
+
 _numbers = count()
 _lookup = Lock()
 _compiling = RLock()  # Dynamo would compile once for each thread that waits, and count each towards the limit.
@@ -45,7 +49,7 @@ class Compiled:
         try:
             if shape in self.shapes:
                 return self.run(query, key, value, operands)
-            with _compiling:
+            with _compiling, torch._dynamo.config.patch(_LENGTHS):
                 result = self.run(query, key, value, operands)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             _refuse(error)
@@ -92,8 +96,8 @@ def _advice(error: Exception, text: str) -> str:
     if isinstance(error, FailOnRecompileLimitHit):
         return (
             f"one kind of call was compiled {torch._dynamo.config.recompile_limit} times, the limit of "
-            "torch._dynamo.config.recompile_limit, and flex never runs uncompiled. Pad the lengths to a few sizes, leave "
-            "torch._dynamo.config.automatic_dynamic_shapes on, raise the limit, or use backend 'native'; TORCH_LOGS=recompiles says why"
+            "torch._dynamo.config.recompile_limit, and flex never runs uncompiled. TORCH_LOGS=recompiles says why. "
+            "Pad the lengths to a few sizes, raise the limit, or use backend 'native'"
         )
     if "InvalidCxxCompiler" in text:
         return (

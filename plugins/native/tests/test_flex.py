@@ -91,11 +91,11 @@ def test_blocks_visit_all_that_is_visible_and_skip_the_mask_only_where_nothing_i
     query, key, _ = tensors(2, *lengths)
     block_wise = (torch.rand(2, 1, queries // 128 + 1, keys // 128 + 1) > 0.5).repeat_interleave(128, 2).repeat_interleave(128, 3)
     attn_mask = {
-        "none": None,
-        "key_padding": padding(2, keys),
-        "bool": block_wise[:, :, :queries, :keys],
-        "packed": packed(*lengths),
-    }[kind]
+        "none": lambda: None,
+        "key_padding": lambda: padding(2, keys),
+        "bool": lambda: block_wise[:, :, :queries, :keys],
+        "packed": lambda: packed(*lengths),
+    }[kind]()
     _, operands = flex._prepare(query, key, attn_mask, SCALE, *limits, None, lse=False)
     wanted = visible_mask(query, key, attn_mask=attn_mask, window_size=limits)
     if wanted is None:
@@ -104,8 +104,7 @@ def test_blocks_visit_all_that_is_visible_and_skip_the_mask_only_where_nothing_i
     visited, skipped = walked(operands.blocks, queries, keys)
     assert not (wanted & ~visited).any()
     assert not (skipped & ~wanted).any()
-    wide = flex_blocks.BLOCK * 2
-    if kind == "none" and limits == (-1, 0) and min(lengths) > wide:
+    if kind == "none" and limits == (-1, 0) and 2 * flex_blocks.BLOCK < queries <= keys:
         assert skipped.any()
         assert not visited.all()
 
@@ -130,9 +129,10 @@ def test_a_description_keeps_its_block_mask_until_it_is_changed():
 
 
 def test_no_tensor_of_queries_by_keys_is_made_for_a_block_mask():
-    length = 2**17  # its square would be 16 GiB
+    length = 2**18  # its square would be 64 GiB
     blocks = flex_blocks.blocks(flex_blocks.diagonal(length, length, -1000, 0, torch.device("cpu")))
-    assert blocks.kv_num_blocks.max() == 2 + 1000 // flex_blocks.BLOCK - 1 + 1 or blocks.kv_num_blocks.max() <= 9
+    visited = blocks.kv_num_blocks + blocks.full_kv_num_blocks
+    assert visited.max() == 9  # 128 queries see 1128 keys, in up to 9 blocks
 
 
 # --- results ------------------------------------------------------------------------------------------------------------
@@ -161,10 +161,10 @@ def test_is_right(case):
 
 def test_everything_together_is_right_at_several_lengths_with_few_compilations():
     before = graphs()
-    for queries, keys in ((140, 150), (170, 150), (150, 233), (190, 250), (200, 170)):
+    for queries, keys in ((140, 150), (170, 233), (190, 250)):
         mask = torch.randn(2, 1, queries, keys).masked_fill(torch.rand(2, 1, queries, 1) > 0.7, -torch.inf)
         assert_right(*tensors(2, queries, keys), attn_mask=mask, causal=True, window_size=(60, 0), softcap=3.0)
-    assert graphs() - before <= 3
+    assert graphs() - before <= 2
 
 
 def test_padding_hides_keys_and_a_row_that_sees_nothing_is_zero():
@@ -190,9 +190,16 @@ def test_masks_broadcast(given, kind):
 
 def test_a_decoding_loop_compiles_a_few_times_not_once_per_length():
     before = graphs()
-    for keys in range(100, 300, 9):
+    for keys in range(130, 256, 5):
         assert_right(*tensors(1, 1, keys), causal=True)
-    assert 0 < graphs() - before <= 4
+    assert 0 < graphs() - before <= 2
+
+
+def test_a_long_decoding_loop_compiles_a_few_times(quick):
+    before = graphs()
+    for keys in range(90, 900, 20):
+        assert_right(*tensors(1, 1, keys), causal=True)
+    assert 0 < graphs() - before <= 5  # up to one block of keys 2, beyond it 3
 
 
 @pytest.mark.parametrize("change", ["slices of one", "expanded", "transposed", "last stride 2", "one tensor"])
@@ -221,16 +228,26 @@ def test_requires_grad_without_grad_mode_is_admitted(quick):
 # --- inside a user's compiled code --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("kind", ["none", "key_padding", "packed"])
-def test_composes_with_the_code_around_it_under_torch_compile(dynamic, kind, quick):
+@pytest.mark.parametrize(
+    ("dynamic", "kind"),
+    [
+        (True, "key_padding"),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+        pytest.param(True, "packed", marks=pytest.mark.slow),
+        pytest.param(False, "none", marks=pytest.mark.slow),
+        pytest.param(False, "key_padding", marks=pytest.mark.slow),
+        pytest.param(False, "packed", marks=pytest.mark.slow),
+    ],
+)
+def test_composes_with_the_code_around_it_under_torch_compile(dynamic, kind):
+    """The CPU kernel itself can't: "Unsupported for `epilogue_nodes`"."""
     def model(query, key, value, *mask):
         attn_mask = {"none": lambda: None, "key_padding": lambda: KeyPadding(*mask), "packed": lambda: Packed(*mask)}[kind]()
         return flex.forward(query * 2, key, value, scale=SCALE, causal=True, attn_mask=attn_mask) * 2
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
-    for length in (40, 50):
+    for length in (40, 50, 60):
         batch = 1 if kind == "packed" else 2
         query, key, value = tensors(batch, length, length)
         described = {"none": None, "key_padding": padding(batch, length), "packed": packed(length, length)}[kind]
@@ -241,22 +258,13 @@ def test_composes_with_the_code_around_it_under_torch_compile(dynamic, kind, qui
         assert wrong_by(compiled(query, key, value, *mask), wanted * 2) < ROUNDING[torch.float32]
 
 
-@pytest.mark.slow
-def test_composes_with_the_code_around_it_under_torch_compile_with_real_kernels():
-    compiled = torch.compile(lambda q, k, v: flex.forward(q * 2, k, v, scale=SCALE, causal=True) * 2, fullgraph=True)
-    query, key, value = tensors(2, 140, 140)
-    wanted, _ = reference(query * 2, key, value, scale=SCALE, causal=True)
-    assert wrong_by(compiled(query, key, value), wanted * 2) < ROUNDING[torch.float32]
-
-
 # --- never eager --------------------------------------------------------------------------------------------------------
 
 
 def test_reaching_the_recompile_limit_is_an_error_that_says_what_to_do(quick):
-    with torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False, assume_static_by_default=True):
-        for length in (20, 21):
-            assert_right(*tensors(1, length, length))
-        with pytest.raises(BackendNotUsable, match=r"flex: .*compiled 2 times.*recompile_limit.*native"):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert_right(*tensors(1, 20, 20))
+        with pytest.raises(BackendNotUsable, match=r"flex: .*compiled 1 times.*recompile_limit.*native"):
             flex.forward(*tensors(1, 22, 22), scale=SCALE)
         assert_right(*tensors(1, 20, 20))
 
