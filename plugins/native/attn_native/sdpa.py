@@ -4,7 +4,8 @@ SDPA has (B, H, S, D) tensors, a causal diagonal from the top left, and masks th
 mask that says what the call means. What it is known to get wrong is kept away from it:
 
 - the kernel for CPU takes the maximum of fewer than 16 scores without NaN, and with no mask answers 0 to a query whose
-  scores are all NaN (seen on torch 2.6 to 2.13): so few keys come with a mask of 0;
+  scores are all NaN (seen on torch 2.6 to 2.13): so few keys come with a mask of 0, but not in an exported program, which
+  is made for any length;
 - kernels hide a key by a score of -inf that they scale afterwards, and seek the largest score before scaling (CPU's causal
   gives NaN at scale 0): a scale of 0 or below moves into the query;
 - CPU's exp in half precision is off by 5e-5, and so is the log-sum-exp: where that is asked for, it computes in float32;
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 _FEW_KEYS = 16  # float32 lanes of the widest vector
 _HALF = (torch.float16, torch.bfloat16)
+
 _FLASH, _EFFICIENT, _CUDNN = 1, 2, 3  # torch.nn.attention.SDPBackend, as the choice is told
 _FUSED: dict[int, Callable[..., Any]] = {
     _FLASH: aten.flash_forward,
@@ -80,12 +82,12 @@ def forward(
         and scale > 0.0
         and query.shape[2] == key.shape[2]
         and (not causal or query.shape[1] == key.shape[1])
-        and (key.shape[1] >= _FEW_KEYS or not query.is_cpu)
+        and (not query.is_cpu or _enough_keys(key))
     ):  # the plain call, first and at no cost
         return _sdpa(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, dropout_p, causal, scale=scale
         ).transpose(1, 2)
-    if not torch.compiler.is_dynamo_compiling():  # there it would bind the graph to the lengths
+    if not torch.compiler.is_dynamo_compiling() and type(key.shape[1]) is int:  # it would bind the graph to the lengths
         causal, window_size = narrowed(query.shape[1], key.shape[1], causal=causal, window_size=window_size)
     if scale <= 0.0:
         query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
@@ -95,6 +97,12 @@ def forward(
         return _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
     out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
+
+
+def _enough_keys(key: torch.Tensor) -> bool:
+    """Whether the kernel for CPU can be left alone; a symbolic length of an exported program is not compared."""
+    length = key.shape[1]
+    return type(length) is not int or length >= _FEW_KEYS
 
 
 def _general(
@@ -139,7 +147,7 @@ def _mask(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Build the mask that SDPA needs, and which queries see nothing (None: none does, or the kernel knows)."""
     if attn_mask is None and window_size is None and (not causal or query.shape[1] == key.shape[1]):
-        if not query.is_cpu or key.shape[1] >= _FEW_KEYS:
+        if not query.is_cpu or _enough_keys(key):
             return None, None
         if not causal:
             return query.new_zeros(1, 1, 1, 1), None
