@@ -17,12 +17,14 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from attn_core.errors import BackendNotUsable
-from attn_native.flex_forms import attend
+from attn_native.flex_forms import BLOCK, INDEXED, attend, roomy
+from attn_native.flex_operands import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from attn_native.flex_forms import Form, Operands
+    from attn_native.flex_operands import Mask
 
 COMPILER = "inductor"
 KINDS_KEPT = 256
@@ -37,6 +39,52 @@ _lookup = Lock()
 _compiling = RLock()  # Dynamo would compile once for each thread that waits, and count each towards the limit.
 
 
+def eager(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Mask,
+    scale: float, left: int, right: int, softcap: float | None, *, lse: bool,
+) -> Any:  # fmt: skip
+    """Compute for a caller whose code is not being traced; arguments as those of ``flex_operands.prepare``.
+
+    Raises:
+        BackendNotUsable: torch.compile has no compiler, is switched off, gives up, or reached its limit.
+    """
+    form, operands = prepare(query, key, attn_mask, scale, left, right, softcap, lse=lse)
+    if query.device.type == "cpu":
+        operands = operands._replace(**{name: roomy(getattr(operands, name)) for name in INDEXED})  # type: ignore[arg-type]
+    layouts, (query, key, value) = zip(*(_settled(tensor) for tensor in (query, key, value)), strict=True)
+    if key is query:  # Dynamo compiles anew for arguments that are one tensor
+        key = key.view_as(key)
+    if value is query or value is key:
+        value = value.view_as(value)
+    batch, query_length, key_length = query.shape[0], query.shape[1], key.shape[1]
+    kind = (
+        query.device, query.dtype, query.shape[2:], key.shape[2:], value.shape[3], layouts,
+        batch == 1, query_length == 1, key_length == 1, query_length == key_length,
+        operands.blocks is None or (query_length <= BLOCK, key_length <= BLOCK),
+        torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
+        operands.dense is not None and (operands.dense.dtype, operands.dense.requires_grad),
+        query.device.type == "cpu" and tuple(_shape(getattr(operands, name)) for name in INDEXED),
+        query.is_inference(),
+    )  # fmt: skip
+    return compiled(form, kind)(query, key, value, operands)
+
+
+def _shape(tensor: torch.Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
+
+
+def _settled(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """A tensor in one of three layouts, and which: every other one would be code of its own."""
+    if tensor.is_contiguous():
+        return 0, tensor
+    if tensor.transpose(1, 2).is_contiguous():
+        return 1, tensor
+    strides = tensor.stride()
+    if strides[3] == 1 and strides[0] >= strides[1] >= strides[2] >= tensor.shape[3]:  # a slice of (B, S, H, D)
+        return 2, tensor
+    return 0, tensor.contiguous()
+
+
 class Compiled:
     """flex_attention compiled for one form, and the shapes that it has run with."""
 
@@ -45,6 +93,7 @@ class Compiled:
         self.shapes: set[Any] = set()
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands) -> Any:
+        """Compute; one thread at a time while the shapes are new, since that may compile."""
         shape = (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride())
         try:
             if shape in self.shapes:
@@ -76,8 +125,9 @@ def _own_code(form: Form) -> Callable[..., Any]:
     def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             msg = (
-                "flex: torch.compile is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or torch.compiler.set_stance), and "
-                "uncompiled flex_attention is refused: it is slow and holds all scores in memory. Switch it on, or use backend 'native'"
+                "flex: torch.compile is switched off (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or torch.compiler.set_stance), "
+                "and uncompiled flex_attention is refused: it is slow and holds all scores in memory. Switch it on, or use "
+                "backend 'native'"
             )
             raise BackendNotUsable(msg)
         return attend(form, query, key, value, operands)
@@ -89,7 +139,8 @@ def _own_code(form: Form) -> Callable[..., Any]:
 
 def _refuse(error: Exception) -> NoReturn:
     text = "\n".join(f"{type(item).__name__}: {item}" for item in _chain(error))
-    raise BackendNotUsable(f"flex: {_advice(error, text)}") from error
+    msg = f"flex: {_advice(error, text)}"
+    raise BackendNotUsable(msg) from error
 
 
 def _advice(error: Exception, text: str) -> str:
@@ -107,7 +158,10 @@ def _advice(error: Exception, text: str) -> str:
     if "TritonMissing" in text:
         return "torch.compile found no Triton, which flex needs on this device: pip install triton, or use backend 'native'"
     if "Python.h" in text:
-        return "torch.compile found no Python headers (apt install python3-dev, dnf install python3-devel), or use backend 'native'"
+        return (
+            "torch.compile found no Python headers. Install them (apt install python3-dev, dnf install python3-devel), "
+            "or use backend 'native'"
+        )
     if "not supported for CPU" in text:
         return "torch has no compiled flex_attention for this CPU (x86 with AVX2, not macOS). Use backend 'native'"
     first = str(error).strip().partition("\n")[0]

@@ -122,7 +122,7 @@ def roomy(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _rounded(size: int) -> int:
-    return 1 << (size - 1).bit_length() if size <= 1024 else (size + 1023) // 1024 * 1024  # noqa: PLR2004
+    return 1 << (size - 1).bit_length() if size <= 1024 else (size + 1023) // 1024 * 1024
 
 
 def attend(form: Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands) -> Any:
@@ -153,7 +153,9 @@ def attend(form: Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
             **operands.blocks._asdict(),
         )
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    result: Any = torch_flex.flex_attention(query, key, value, scale=1.0 if form.scale is None else form.scale, **options)
+    result: Any = torch_flex.flex_attention(
+        query, key, value, scale=1.0 if form.scale is None else form.scale, **options
+    )
     if not form.lse:
         return result.transpose(1, 2)
     out, extra = result
@@ -165,7 +167,7 @@ def _score_function(form: Form, operands: Operands) -> Callable[..., torch.Tenso
         if form.scale is None:
             score = score * operands.factor
         if form.softcap:
-            score = operands.softcap * torch.tanh(score / operands.softcap)
+            score = torch.tanh(score / operands.softcap) * operands.softcap  # type: ignore[operator]
         if form.mask == "float":
             score = score + _dense_at(form, operands, b, h, q, kv)
         return score

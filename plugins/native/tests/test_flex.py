@@ -7,11 +7,14 @@ from threading import Barrier
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+
 from attn_core.errors import BackendNotUsable
+from attn_core.facts import Facts
 from attn_core.masks import KeyPadding, Packed, visible_mask
 from attn_core.testing.reference import reference
-from attn_native import flex, flex_blocks, flex_compiled
-from torch._dynamo.utils import counters
+from attn_native import flex, flex_blocks, flex_compiled, flex_operands
+from attn_native.specs.flex import FLEX
 
 SCALE = 0.2
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -26,7 +29,9 @@ def quick(monkeypatch):
     flex_compiled._compiled.cache_clear()
 
 
-def tensors(batch, queries, keys, heads=4, key_heads=2, head_dim=32, value_dim=None, dtype=torch.float32, *, grad=False):
+def tensors(
+    batch, queries, keys, heads=4, key_heads=2, head_dim=32, value_dim=None, dtype=torch.float32, *, grad=False
+):
     sizes = [(queries, heads, head_dim), (keys, key_heads, head_dim), (keys, key_heads, value_dim or head_dim)]
     return [torch.randn(batch, *size, dtype=dtype, requires_grad=grad) for size in sizes]
 
@@ -89,14 +94,18 @@ def test_blocks_visit_all_that_is_visible_and_skip_the_mask_only_where_nothing_i
     if kind == "packed" and queries < 20:
         pytest.skip("one query is no three sequences")
     query, key, _ = tensors(2, *lengths)
-    block_wise = (torch.rand(2, 1, queries // 128 + 1, keys // 128 + 1) > 0.5).repeat_interleave(128, 2).repeat_interleave(128, 3)
+    block_wise = (
+        (torch.rand(2, 1, queries // 128 + 1, keys // 128 + 1) > 0.5)
+        .repeat_interleave(128, 2)
+        .repeat_interleave(128, 3)
+    )
     attn_mask = {
         "none": lambda: None,
         "key_padding": lambda: padding(2, keys),
         "bool": lambda: block_wise[:, :, :queries, :keys],
         "packed": lambda: packed(*lengths),
     }[kind]()
-    _, operands = flex._prepare(query, key, attn_mask, SCALE, *limits, None, lse=False)
+    _, operands = flex_operands.prepare(query, key, attn_mask, SCALE, *limits, None, lse=False)
     wanted = visible_mask(query, key, attn_mask=attn_mask, window_size=limits)
     if wanted is None:
         assert operands.blocks is None
@@ -111,20 +120,22 @@ def test_blocks_visit_all_that_is_visible_and_skip_the_mask_only_where_nothing_i
 
 def test_the_block_mask_is_made_once_for_lengths_and_again_for_others():
     query, key, _ = tensors(1, 300, 300)
-    first, second = (flex._prepare(query, key, None, SCALE, -1, 0, None, lse=False)[1].blocks for _ in range(2))
-    other = flex._prepare(query[:, :200], key, None, SCALE, -1, 0, None, lse=False)[1].blocks
+    first, second = (flex_operands.prepare(query, key, None, SCALE, -1, 0, None, lse=False)[1].blocks for _ in range(2))
+    other = flex_operands.prepare(query[:, :200], key, None, SCALE, -1, 0, None, lse=False)[1].blocks
     assert first is second
     assert other is not first
-    assert flex._made.cache_info().maxsize
+    assert flex_operands._made.cache_info().maxsize
 
 
 def test_a_description_keeps_its_block_mask_until_it_is_changed():
     query, key, _ = tensors(2, 300, 300)
     mask = KeyPadding(torch.ones(2, 300, dtype=torch.bool))
-    first, second = (flex._prepare(query, key, mask, SCALE, -1, -1, None, lse=False)[1].blocks for _ in range(2))
+    first, second = (
+        flex_operands.prepare(query, key, mask, SCALE, -1, -1, None, lse=False)[1].blocks for _ in range(2)
+    )
     assert first is second
     mask.keep[:, 128:] = False
-    changed = flex._prepare(query, key, mask, SCALE, -1, -1, None, lse=False)[1].blocks
+    changed = flex_operands.prepare(query, key, mask, SCALE, -1, -1, None, lse=False)[1].blocks
     assert changed.full_kv_num_blocks.flatten().tolist() != first.full_kv_num_blocks.flatten().tolist()
 
 
@@ -241,8 +252,11 @@ def test_requires_grad_without_grad_mode_is_admitted(quick):
 )
 def test_composes_with_the_code_around_it_under_torch_compile(dynamic, kind):
     """The CPU kernel itself can't: "Unsupported for `epilogue_nodes`"."""
+
     def model(query, key, value, *mask):
-        attn_mask = {"none": lambda: None, "key_padding": lambda: KeyPadding(*mask), "packed": lambda: Packed(*mask)}[kind]()
+        attn_mask = {"none": lambda: None, "key_padding": lambda: KeyPadding(*mask), "packed": lambda: Packed(*mask)}[
+            kind
+        ]()
         return flex.forward(query * 2, key, value, scale=SCALE, causal=True, attn_mask=attn_mask) * 2
 
     torch._dynamo.reset()
@@ -250,10 +264,13 @@ def test_composes_with_the_code_around_it_under_torch_compile(dynamic, kind):
     for length in (40, 50, 60):
         batch = 1 if kind == "packed" else 2
         query, key, value = tensors(batch, length, length)
-        described = {"none": None, "key_padding": padding(batch, length), "packed": packed(length, length)}[kind]
-        mask = {"none": lambda: (), "key_padding": lambda: (described.keep,)}.get(
-            kind, lambda: (described.cu_seqlens_q, described.cu_seqlens_k)
-        )()
+        described, mask = None, ()
+        if kind == "key_padding":
+            described = padding(batch, length)
+            mask = (described.keep,)
+        elif kind == "packed":
+            described = packed(length, length)
+            mask = (described.cu_seqlens_q, described.cu_seqlens_k)
         wanted, _ = reference(query * 2, key, value, scale=SCALE, causal=True, attn_mask=described)
         assert wrong_by(compiled(query, key, value, *mask), wanted * 2) < ROUNDING[torch.float32]
 
@@ -311,12 +328,22 @@ def with_graph(quick, monkeypatch):
     """flex as on a GPU: lse and gradients, which torch has for its eager flex_attention on any device."""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
 
-    def forward(query, key, value, *, scale, attn_mask=None, causal=False, window_size=None, softcap=None, return_lse=True):
+    def forward(
+        query, key, value, *, scale, attn_mask=None, causal=False, window_size=None, softcap=None, return_lse=True
+    ):
         left, right = window_size or (-1, -1)
         right = 0 if causal else right
-        return flex._eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
+        return flex_compiled.eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
 
     monkeypatch.setattr(flex, "forward", forward)
+
+
+def test_what_torch_gets_wrong_or_not_twice_alike_is_refused():
+    gpu = {"platform": "cuda", "compute_capability": (9, 0), "mask": "float", "mask_dtype": "float32", "backward": True}
+    assert not FLEX.reasons(Facts(**gpu, mask_gradient=True))
+    assert "162228" in str(FLEX.reasons(Facts(**gpu, mask_gradient=True, compiled=True)))
+    assert "atomic" in str(FLEX.reasons(Facts(**gpu, mask_gradient=True, deterministic=True)))
+    assert not FLEX.reasons(Facts(**gpu, compiled=True, deterministic=True))
 
 
 GRADIENT_CASES = {
@@ -329,7 +356,11 @@ GRADIENT_CASES = {
     "float by key": lambda: ((2, 30, 40), {"attn_mask": torch.randn(1, 1, 1, 40, requires_grad=True)}),
     "float with rows of -inf": lambda: (
         (2, 30, 40),
-        {"attn_mask": torch.randn(2, 1, 30, 40).masked_fill(torch.rand(2, 1, 30, 1) > 0.5, -torch.inf).requires_grad_()},
+        {
+            "attn_mask": torch.randn(2, 1, 30, 40)
+            .masked_fill(torch.rand(2, 1, 30, 1) > 0.5, -torch.inf)
+            .requires_grad_()
+        },
     ),
 }
 
@@ -364,12 +395,16 @@ def test_backward_of_parts_of_the_keys_adds_up_to_the_whole(with_graph):
     ]
     (dq, dk, dv), (more_dq, *more) = parts
     found = (dq + more_dq, *(torch.cat(pair, 1) for pair in zip((dk, dv), more, strict=True)))
-    assert all(wrong_by(one, other.double()) < ROUNDING[torch.float32] for one, other in zip(found, wanted, strict=True))
+    assert all(
+        wrong_by(one, other.double()) < ROUNDING[torch.float32] for one, other in zip(found, wanted, strict=True)
+    )
 
 
 def test_backward_of_what_sees_nothing_is_zero(with_graph):
     query, key, value = tensors(2, 30, 40)
     nothing = KeyPadding(torch.zeros(2, 40, dtype=torch.bool))
     lse = torch.full((2, 4, 30), -torch.inf)
-    gradients = flex.backward(torch.randn_like(query), query, key, value, query * 0, lse, scale=SCALE, attn_mask=nothing)
+    gradients = flex.backward(
+        torch.randn_like(query), query, key, value, query * 0, lse, scale=SCALE, attn_mask=nothing
+    )
     assert not any(gradient.any() for gradient in gradients)

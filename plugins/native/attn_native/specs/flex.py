@@ -55,7 +55,12 @@ _CUDA = Constraints(
             "deterministic: the gradient of the mask is summed with atomic additions, in an order that varies; "
             "detach the mask, or use native_math",
             lambda facts: facts.deterministic and facts.mask_gradient,
-        )
+        ),
+        Rule(
+            "mask_gradient: inside torch.compile torch loses the gradient of a mask that is computed in the same graph "
+            "(pytorch issue 162228); call it outside compiled code, or use native_math",
+            lambda facts: facts.compiled and facts.mask_gradient,
+        ),
     ],
 )
 

@@ -1,0 +1,234 @@
+"""flex on a GPU: everything that it declares there, against the float64 reference."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from attn_core.masks import KeyPadding, Packed
+from attn_core.testing.reference import reference
+from attn_native import flex
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def tensors(batch, queries, keys, heads=4, key_heads=2, head_dim=64, value_dim=None, dtype=torch.float32):
+    sizes = [(queries, heads, head_dim), (keys, key_heads, head_dim), (keys, key_heads, value_dim or head_dim)]
+    return [torch.randn(batch, *size, dtype=dtype, device="cuda", requires_grad=True) for size in sizes]
+
+
+def offsets(*values):
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def packed(queries, keys):
+    return Packed(offsets(0, 0, queries - 20, queries), offsets(0, 15, keys - 5, keys))
+
+
+def padding(batch, keys):
+    keep = torch.rand(batch, keys, device="cuda") > 0.4
+    keep[0] = False
+    return KeyPadding(keep)
+
+
+def wrong_by(found, wanted):
+    assert found.shape == wanted.shape
+    assert not found.isnan().any()
+    return ((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-2)).item()
+
+
+def assert_right(inputs, call=flex.forward, **options):
+    """Result, lse and every gradient."""
+    options = {"scale": inputs[0].shape[-1] ** -0.5, **options}
+    mask = options.get("attn_mask")
+    asked = [*inputs, mask] if isinstance(mask, torch.Tensor) and mask.requires_grad else inputs
+    out, lse = call(*inputs, return_lse=True, **options)
+    wanted, wanted_lse = reference(*inputs, **options)
+    limit = ROUNDING[inputs[0].dtype]
+    assert out.dtype == inputs[0].dtype
+    assert lse.dtype == torch.float32
+    assert wrong_by(out.detach(), wanted.detach()) < limit
+    torch.testing.assert_close(lse.detach().double(), wanted_lse, atol=limit, rtol=limit)
+    grad_out = torch.randn_like(out)
+    found = torch.autograd.grad(out, asked, grad_out)
+    right = torch.autograd.grad(wanted, asked, grad_out.double())
+    for name, one, other in zip(("dq", "dk", "dv", "dmask"), found, right):  # noqa: B905 (dmask where asked for)
+        assert wrong_by(one, other.double()) < limit, name
+    with torch.no_grad():
+        assert wrong_by(call(*inputs, **options), wanted.detach()) < limit
+
+
+CASES = {
+    "plain": ((2, 300, 300), {}),
+    "blocks that fit": ((2, 256, 256), {"causal": True}),
+    "causal, fewer queries": ((2, 200, 300), {"causal": True}),
+    "causal, more queries": ((2, 300, 200), {"causal": True}),
+    "window": ((2, 300, 260), {"window_size": (17, 5)}),
+    "window, causal": ((2, 300, 700), {"window_size": (150, 0), "causal": True}),
+    "groups of three": ((2, 300, 260, 6, 2), {"causal": True}),
+    "groups of three, one query": ((2, 1, 260, 6, 2), {"causal": True}),
+    "one query": ((2, 1, 300), {"causal": True}),
+    "few queries": ((2, 7, 300, 8, 2), {"causal": True}),
+    "other value dim": ((2, 300, 260, 4, 2, 64, 32), {}),
+    "scale 0": ((2, 130, 130), {"scale": 0.0, "causal": True}),
+    "softcap and a scale": ((2, 300, 300), {"softcap": 3.0, "scale": 0.7, "causal": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_is_right(case, dtype):
+    sizes, options = CASES[case]
+    assert_right(tensors(*sizes, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 17, 24, 40, 80, 96, 128, 192, 256])
+def test_head_dims(head_dim, dtype):
+    assert_right(tensors(1, 300, 300, head_dim=head_dim, dtype=dtype), causal=True)
+
+
+@pytest.mark.parametrize("pair", [(16, 256), (192, 128), (33, 20)])
+def test_value_head_dims(pair):
+    assert_right(tensors(1, 300, 300, 4, 2, *pair, dtype=torch.bfloat16), causal=True)
+
+
+MASKS = {
+    "key_padding": lambda _, keys: padding(2, keys),
+    "bool": lambda queries, keys: torch.rand(2, 1, queries, keys, device="cuda") > 0.5,
+    "bool, one for all": lambda *_: torch.zeros(1, 1, 1, 1, dtype=torch.bool, device="cuda"),
+    "float": lambda queries, keys: torch.randn(2, 4, queries, keys, device="cuda"),
+    "float, rows of -inf": lambda queries, keys: torch.randn(2, 1, queries, keys, device="cuda").masked_fill(
+        torch.rand(2, 1, queries, 1, device="cuda") > 0.7, -torch.inf
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (40, 20), "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(kind, options):
+    assert_right(tensors(2, 300, 260), attn_mask=MASKS[kind](300, 260), **options)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_for_one_query(kind):
+    assert_right(tensors(2, 1, 260), attn_mask=MASKS[kind](1, 260))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (40, 20)}], ids=str)
+def test_packed(options):
+    assert_right(tensors(1, 300, 260), attn_mask=packed(300, 260), **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 200, 150), (1, 4, 200, 150), (1, 1, 1, 150), (2, 1, 200, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_mask(shape, dtype):
+    query, key, value = (tensor.detach() for tensor in tensors(2, 200, 150, dtype=dtype))
+    mask = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+    grad_out = torch.randn_like(query)
+    wanted, _ = reference(query, key, value, attn_mask=mask, scale=0.1, causal=True)
+    found = flex.forward(query, key, value, attn_mask=mask, scale=0.1, causal=True)
+    (right,) = torch.autograd.grad(wanted, mask, grad_out.double())
+    (one,) = torch.autograd.grad(found, mask, grad_out)
+    assert one.dtype == dtype
+    scale = (0.1 * grad_out.abs().sum()).item() * 1e-3 if mask.numel() == 1 else right.abs().max().item()
+    assert (one.double() - right.double()).abs().max().item() < ROUNDING[dtype] * scale
+
+
+def test_twice_the_same_bits():
+    inputs = tensors(2, 300, 300, dtype=torch.bfloat16)
+    grad_out = torch.randn(2, 300, 4, 64, device="cuda", dtype=torch.bfloat16)
+    runs = []
+    for _ in range(5):
+        out = flex.forward(*inputs, scale=0.1, causal=True, deterministic=True)
+        runs.append([out.detach(), *torch.autograd.grad(out, inputs, grad_out)])
+    assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))
+
+
+def test_backward_of_parts_of_the_keys_adds_up_to_the_whole():
+    query, key, value = tensors(2, 200, 300)
+    out, lse = reference(query, key, value, scale=0.1)
+    grad_out = torch.randn(2, 200, 4, 64, device="cuda")
+    wanted = torch.autograd.grad(out, (query, key, value), grad_out.double())
+    query, key, value = (tensor.detach() for tensor in (query, key, value))
+    out, lse = out.detach().float(), lse.float()
+    (dq, dk, dv), (more_dq, *more) = (
+        flex.backward(grad_out, query, key[:, keys], value[:, keys], out, lse, scale=0.1)
+        for keys in (slice(0, 90), slice(90, 300))
+    )
+    found = (dq + more_dq, *(torch.cat(pair, 1) for pair in zip((dk, dv), more, strict=True)))
+    assert all(wrong_by(one, other.double()) < 2e-5 for one, other in zip(found, wanted, strict=True))
+
+
+def test_backward_of_what_sees_nothing_is_zero():
+    query, key, value = (tensor.detach() for tensor in tensors(2, 130, 140))
+    nothing = KeyPadding(torch.zeros(2, 140, dtype=torch.bool, device="cuda"))
+    lse = torch.full((2, 4, 130), -torch.inf, device="cuda")
+    gradients = flex.backward(torch.randn_like(query), query, key, value, query * 0, lse, scale=0.1, attn_mask=nothing)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["none", "key_padding", "packed"])
+def test_becomes_part_of_code_that_is_compiled(dynamic, kind):
+    def model(query, key, value, *mask):
+        attn_mask = {"none": lambda: None, "key_padding": lambda: KeyPadding(*mask), "packed": lambda: Packed(*mask)}[
+            kind
+        ]()
+        out, lse = flex.forward(query * 2, key, value, scale=0.1, causal=True, attn_mask=attn_mask, return_lse=True)
+        return out * 2, lse
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for length in (200, 300):
+        inputs = tensors(1 if kind == "packed" else 2, length, length)
+        described = {"none": None, "key_padding": padding(2, length), "packed": packed(length, length)}[kind]
+        mask = {"none": (), "key_padding": (getattr(described, "keep", None),)}.get(
+            kind, (getattr(described, "cu_seqlens_q", None), getattr(described, "cu_seqlens_k", None))
+        )
+        wanted, wanted_lse = reference(inputs[0] * 2, *inputs[1:], scale=0.1, causal=True, attn_mask=described)
+        out, lse = compiled(*inputs, *mask)
+        assert wrong_by(out.detach(), wanted.detach() * 2) < 2e-5
+        torch.testing.assert_close(lse.detach().double(), wanted_lse, atol=1e-4, rtol=1e-4)
+        grad_out = torch.randn_like(out)
+        found = torch.autograd.grad(out, inputs, grad_out)
+        right = torch.autograd.grad(wanted * 2, inputs, grad_out.double())
+        assert all(wrong_by(one, other.double()) < 2e-5 for one, other in zip(found, right, strict=True))
+
+
+def test_a_decoding_loop_compiles_a_few_times():
+    before = counters["stats"]["unique_graphs"]
+    for keys in range(90, 1200, 37):
+        inputs = [tensor.detach() for tensor in tensors(1, 1, keys, dtype=torch.bfloat16)]
+        wanted, _ = reference(*inputs, scale=0.1, causal=True)
+        assert wrong_by(flex.forward(*inputs, scale=0.1, causal=True), wanted) < 2e-2
+    assert counters["stats"]["unique_graphs"] - before <= 5
+
+
+def test_streams_and_threads_that_start_at_once_are_all_right():
+    def call(seed):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            query = torch.randn(2, 211, 2, 32, device="cuda", generator=generator)
+            found = flex.forward(query, query, query, scale=0.1, causal=True)
+            torch.cuda.current_stream().synchronize()
+        return wrong_by(found, reference(query, query, query, scale=0.1, causal=True)[0])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(call, range(8))) < 2e-5
+
+
+def test_memory_stays_far_below_a_dense_mask():
+    length = 32768
+    query, key, value = (tensor.detach() for tensor in tensors(1, length, length, 2, 2, 64, dtype=torch.bfloat16))
+    mask = KeyPadding(torch.rand(1, length, device="cuda") > 0.4)
+    flex.forward(query, key, value, scale=0.1, causal=True, attn_mask=mask)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    flex.forward(query, key, value, scale=0.1, causal=True, attn_mask=KeyPadding(~mask.keep))
+    assert torch.cuda.max_memory_allocated() - before < length * length / 8
