@@ -73,8 +73,10 @@ def needed_by(distribution: Installed) -> Needed:
     if headers is None:
         msg = f"{distribution.name} has no METADATA that can be read"
         raise RequirementError(msg)
-    lines = headers.get_all("Requires-Dist") or distribution.source.requires or ()
-    extras = frozenset(normalized(extra) for extra in headers.get_all("Provides-Extra") or ())
+    lines = headers.get("requires-dist", ())
+    if not lines and distribution.is_egg_info:
+        lines = distribution.source.requires or ()  # from its requires.txt
+    extras = frozenset(normalized(extra) for extra in headers.get("provides-extra", ()))
     return Needed(distribution.name, tuple(Requirement(line) for line in lines), extras)
 
 

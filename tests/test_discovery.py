@@ -12,9 +12,12 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))  # importlib mode puts nothing on the path
 
-from fake_distributions import HEAD, declaring, world, written  # noqa: E402, F401
+import fake_distributions
+from fake_distributions import HEAD, declaring, written
 
-from attn_core import installed, registry  # noqa: E402
+from attn_core import installed, registry
+
+world = fake_distributions.world
 
 NEIGHBOURS = [("before", "available"), ("zafter", "available")]
 
@@ -91,38 +94,71 @@ def test_a_wheel_that_declares_nothing_has_no_row(world):
 # --- wheels that are broken ----------------------------------------------------------------------------------------------
 
 BROKEN = {
-    "an import that fails": ("import acme_config", "its declaration raises ModuleNotFoundError: No module named 'acme_config'"),
+    "an import that fails": (
+        "import acme_config",
+        "its declaration raises ModuleNotFoundError: No module named 'acme_config'",
+    ),
     "exit at import": ("import sys; sys.exit(3)", "raises SystemExit: 3"),
-    "exit in the hook": (written("@hookimpl\ndef attn_backends():\n    raise SystemExit('no licence')\n"), "SystemExit: no licence"),
-    "error in the hook": (written("@hookimpl\ndef attn_backends():\n    return 1 / 0\n"), "ZeroDivisionError: division by zero"),
+    "exit in the hook": (
+        written("@hookimpl\ndef attn_backends():\n    raise SystemExit('no licence')\n"),
+        "SystemExit: no licence",
+    ),
+    "error in the hook": (
+        written("@hookimpl\ndef attn_backends():\n    return 1 / 0\n"),
+        "ZeroDivisionError: division by zero",
+    ),
     "error half way": (
         written("@hookimpl\ndef attn_backends():\n    yield spec('half')\n    raise OSError('gone')\n"),
         "raises OSError: gone",
     ),
-    "exit half way": (written("@hookimpl\ndef attn_backends():\n    yield spec('half')\n    exit()\n"), "raises SystemExit"),
+    "exit half way": (
+        written("@hookimpl\ndef attn_backends():\n    yield spec('half')\n    exit()\n"),
+        "raises SystemExit",
+    ),
     "an error that is no Exception": ("class Odd(BaseException): pass\nraise Odd('well')", "Odd: well"),
     "an error without words": ("class Odd(Exception):\n    def __str__(self): return 1 / 0\nraise Odd", "Odd"),
     "an error in red": ("raise ValueError('\\x1b[31mred\\x1b[0m\\nand more')", "ValueError: [31mred[0m and more"),
     "no Python": ("def attn_backends(:", "raises SyntaxError"),
-    "a wrong record": (declaring("'Acme'"), "raises attn_core.declaration.DeclarationError: BackendSpec: a name is a plain word"),
+    "a wrong record": (
+        declaring("'Acme'"),
+        "raises attn_core.declaration.DeclarationError: BackendSpec: a name is a plain word",
+    ),
     "an unknown field": (declaring("'acme', shiny=True"), "unexpected keyword argument 'shiny'"),
     "returns None": (written("@hookimpl\ndef attn_backends():\n    spec('acme')\n"), "returns None from attn_backends"),
-    "returns one": (written("@hookimpl\ndef attn_backends():\n    return spec('acme')\n"), "returns a BackendSpec from"),
+    "returns one": (
+        written("@hookimpl\ndef attn_backends():\n    return spec('acme')\n"),
+        "returns a BackendSpec from",
+    ),
     "returns a number": (written("@hookimpl\ndef attn_backends():\n    return 3\n"), "returns a int from"),
     "returns text": (written("@hookimpl\ndef attn_backends():\n    return 'acme'\n"), "has a str among its backends"),
-    "yields something else": (written("@hookimpl\ndef attn_backends():\n    yield {'name': 'acme'}\n"), "has a dict among"),
-    "never ends": (written("@hookimpl\ndef attn_backends():\n    while True: yield spec('acme')\n"), "more than 1000 backends"),
+    "yields something else": (
+        written("@hookimpl\ndef attn_backends():\n    yield {'name': 'acme'}\n"),
+        "has a dict among",
+    ),
+    "never ends": (
+        written("@hookimpl\ndef attn_backends():\n    while True: yield spec('acme')\n"),
+        "more than 1000 backends",
+    ),
     "a name twice": (declaring("'acme'", "'acme'"), "has two backends named 'acme'"),
     "no hook": (HEAD, "does not implement the hook attn_backends"),
     "an undecorated hook": (written("def attn_backends():\n    return [spec('acme')]\n"), "not marked with @hookimpl"),
-    "a mistyped hook": (written("@hookimpl\ndef attn_backend():\n    return [spec('acme')]\n"), "unknown hook 'attn_backend'"),
+    "a mistyped hook": (
+        written("@hookimpl\ndef attn_backend():\n    return [spec('acme')]\n"),
+        "unknown hook 'attn_backend'",
+    ),
     "a mistyped hook beside the right one": (
         declaring("'acme'") + "\n@hookimpl\ndef attn_backend():\n    return []\n",
         "the hook of attn is attn_backends",
     ),
     "a hook with an argument": (written("@hookimpl\ndef attn_backends(core):\n    return []\n"), "core"),
-    "a wrapper": (written("@hookimpl(wrapper=True)\ndef attn_backends():\n    return (yield)\n"), "wraps attn_backends"),
-    "an old wrapper": (written("@hookimpl(hookwrapper=True)\ndef attn_backends():\n    yield\n"), "wraps attn_backends"),
+    "a wrapper": (
+        written("@hookimpl(wrapper=True)\ndef attn_backends():\n    return (yield)\n"),
+        "wraps attn_backends",
+    ),
+    "an old wrapper": (
+        written("@hookimpl(hookwrapper=True)\ndef attn_backends():\n    yield\n"),
+        "wraps attn_backends",
+    ),
     "asks for the list": ("from attn_core import registry\nregistry.rows()", "a declaration asked for the list"),
 }
 
@@ -141,7 +177,9 @@ def test_a_broken_declaration_is_one_broken_row_and_prints_nothing(neighbours, c
 
 def test_what_one_entry_point_does_wrong_leaves_the_others_of_its_wheel(world):
     (world.folders[0] / "acme_typo.py").write_text(written("@hookimpl\ndef attn_backend():\n    return []\n"))
-    (world.folders[0] / "acme_wraps.py").write_text(written("@hookimpl(wrapper=True)\ndef attn_backends():\n    return [(yield), 1 / 0]\n"))
+    (world.folders[0] / "acme_wraps.py").write_text(
+        written("@hookimpl(wrapper=True)\ndef attn_backends():\n    return [(yield), 1 / 0]\n")
+    )
     points = "[attn.backends]\na = acme_typo\nb = acme_wraps\nc = acme_declaration\n"
     world.wheel("acme", declaring("'acme'"), entry_points=points)
     assert world.statuses() == [("a", "broken"), ("acme", "available"), ("b", "broken")]
@@ -199,7 +237,9 @@ def test_entry_points_of_ours_that_can_not_be_read_are_a_broken_row(neighbours, 
 
 
 @pytest.mark.parametrize(
-    "text", ["[console_scripts]\nno pair at all\n", b"\xff\xfe\x00", "= = =\n[[[\n"], ids=["no pair", "bytes", "nonsense"]
+    "text",
+    ["[console_scripts]\nno pair at all\n", b"\xff\xfe\x00", "= = =\n[[[\n"],
+    ids=["no pair", "bytes", "nonsense"],
 )
 def test_metadata_of_others_that_can_not_be_read_is_ignored(neighbours, text):
     neighbours.distribution("mmm-other", entry_points=text, metadata=b"\xff")
@@ -224,7 +264,9 @@ def test_a_wheel_that_needs_another_core_is_incompatible_and_not_imported(neighb
 
 def test_a_requirement_on_the_core_that_is_met_or_not_meant_for_this_python_is_no_obstacle(neighbours):
     neighbours.distribution("Attn_Core", "0.1.0.dev3+local")
-    neighbours.wheel("mmm-tried", declaring("'tried'"), requires=["attn_core>=0.1.0.dev1", "attn-core>=9; python_version<'3'"])
+    neighbours.wheel(
+        "mmm-tried", declaring("'tried'"), requires=["attn_core>=0.1.0.dev1", "attn-core>=9; python_version<'3'"]
+    )
     assert tried(neighbours).status == "available"
 
 
@@ -269,7 +311,9 @@ A, O = "acme_attn_declaration", "other_attn_declaration"  # noqa: E741
         ("ONLY", "", ["acme", "acme_packed", "other"], [A, O]),
     ],
 )
-def test_a_disabled_distribution_does_not_run_and_a_disabled_backend_only_has_its_row(two_wheels, monkeypatch, variable, value, on, ran):
+def test_a_disabled_distribution_does_not_run_and_a_disabled_backend_only_has_its_row(
+    two_wheels, monkeypatch, variable, value, on, ran
+):
     monkeypatch.setenv(f"ATTN_{variable}", value)
     rows = two_wheels.rows()
     assert [row.name for row in rows if row.status == "available"] == on
@@ -319,7 +363,10 @@ def test_of_two_versions_the_first_on_the_path_counts_and_the_row_says_so(world)
     world.wheel("acme", declaring("'acme'", "'new'"), version="2.0")
     world.wheel("acme", declaring("'acme'", "'old'"), version="1.0", folder=second)
     rows = world.rows()
-    assert [(row.name, row.version, row.status) for row in rows] == [("acme", "2.0", "available"), ("new", "2.0", "available")]
+    assert [(row.name, row.version, row.status) for row in rows] == [
+        ("acme", "2.0", "available"),
+        ("new", "2.0", "available"),
+    ]
     assert rows[0].reason == f"also installed, and not used, is version 1.0 in {second}"
     for name in world.modules():
         del sys.modules[name]
@@ -360,8 +407,9 @@ def zoo(world, reverse=False):
     """One of many kinds, spread over three folders, installed in one order or the other."""
     folders = [world.folders[0], world.path("second"), world.path("third")]
     wheels = [
-        ("good", declaring("'good', aliases={'g1', 'g2', 'g3'}, constraints=[PLAIN, Constraints(platforms={'cuda', 'rocm', 'cpu'}, "
-                           "dtypes={'float16', 'bfloat16'}, masks={'none', 'bool'}, head_dims={64, 128, (192, 128)}, "
+        ("good", declaring("'good', aliases={'g1', 'g2', 'g3'}, constraints=[PLAIN, "
+                           "Constraints(platforms={'cuda', 'rocm', 'cpu'}, dtypes={'float16', 'bfloat16'}, "
+                           "masks={'none', 'bool'}, head_dims={64, 128, (192, 128)}, "
                            "compute_capability={(8, 0), (9, 0)})]"), {}),
         ("claims-one", declaring("'claimed'"), {}),
         ("claims-two", declaring("'claimed'"), {}),
@@ -410,6 +458,8 @@ def test_the_standard_librarys_metadata_and_the_backport_have_the_same_outcome(w
         results.append(world.rows())
         for name in world.modules():
             del sys.modules[name]
-    first, second = ([(row.name, row.status, row.reason, row.next_step, row.version) for row in rows] for rows in results)
+    first, second = (
+        [(row.name, row.status, row.reason, row.next_step, row.version) for row in rows] for rows in results
+    )
     assert first == second
     assert len(first) == 9

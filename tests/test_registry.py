@@ -10,9 +10,12 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))  # importlib mode puts nothing on the path
 
-from fake_distributions import declaring, world  # noqa: E402, F401
+import fake_distributions
+from fake_distributions import declaring
 
-from attn_core import BackendNotUsable, list_backends, registry  # noqa: E402
+from attn_core import BackendNotUsable, list_backends, registry
+
+world = fake_distributions.world
 
 
 def refusal(name):
@@ -33,7 +36,12 @@ def test_name_alias_and_qualified_name_find_the_same_row(world):
 def test_a_name_that_two_claim_is_won_by_neither_and_the_qualified_names_work(world):
     world.wheel("acme-one", declaring("'acme'", "'one'"))
     world.wheel("acme-two", declaring("'acme'", "'two'"))
-    assert world.statuses() == [("acme", "ambiguous"), ("acme", "ambiguous"), ("one", "available"), ("two", "available")]
+    assert world.statuses() == [
+        ("acme", "ambiguous"),
+        ("acme", "ambiguous"),
+        ("one", "available"),
+        ("two", "available"),
+    ]
     for row in registry.rows()[:2]:
         assert row.reason == "claimed by acme-one and acme-two"
         assert row.next_step == "write acme-one:acme or acme-two:acme, or switch one off with ATTN_DISABLE"
@@ -90,7 +98,9 @@ def test_an_alias_never_stands_in_for_a_name_that_is_switched_off(world, monkeyp
     assert "disabled" in refusal("acme")
 
 
-@pytest.mark.parametrize(("asked", "meant"), [("acmee", "acme"), ("ACME", "acme"), ("flsh", "flash"), ("acme_odl", "acme_old")])
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("acmee", "acme"), ("ACME", "acme"), ("flsh", "flash"), ("acme_odl", "acme_old")]
+)
 def test_a_typing_error_gets_a_suggestion(world, asked, meant):
     world.wheel("acme-attn", declaring("'acme', aliases={'acme_old'}"))
     world.rows()
@@ -146,7 +156,12 @@ def test_with_no_wheel_at_all_the_pip_line_is_given(world):
 
 
 def test_a_backend_that_is_not_available_says_why_and_what_next(world):
-    world.wheel("acme-attn", declaring("'acme', needs='kernel', aliases={'old'}"), requires=["fast>=2; extra == 'kernel'"], extras=["kernel"])
+    world.wheel(
+        "acme-attn",
+        declaring("'acme', needs='kernel', aliases={'old'}"),
+        requires=["fast>=2; extra == 'kernel'"],
+        extras=["kernel"],
+    )
     world.rows()
     for name in ("acme", "old"):
         message = refusal(name)
