@@ -131,7 +131,7 @@ def _check_names(owner: str, label: str, found: Any, known: Sequence[str]) -> fr
     if isinstance(found, str) or not isinstance(found, Collection):
         msg = f"{owner}: {label} is a set of names, found {found!r}; known: {', '.join(known)}"
         raise DeclarationError(msg)
-    unknown = [name for name in found if name not in known]
+    unknown = sorted(str(name) for name in found if name not in known)
     if unknown:
         msg = f"{owner}: unknown {label} {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
         raise DeclarationError(msg)
@@ -520,7 +520,7 @@ class BackendSpec:
         if isinstance(self.aliases, str):
             msg = f"BackendSpec({self.name!r}): aliases is a set of names, found the text {self.aliases!r}"
             raise DeclarationError(msg)
-        object.__setattr__(self, "aliases", tuple(self.aliases))
+        object.__setattr__(self, "aliases", tuple(sorted(self.aliases, key=str)))
         for name in (self.name, *self.aliases):
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 msg = (

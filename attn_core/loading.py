@@ -93,10 +93,20 @@ def _adapter(spec: BackendSpec) -> Adapter:
     forward = _function(spec.forward)
     check_signature(spec.forward, forward, _FORWARD, forward_options(spec))
     if spec.backward is None:
-        return Adapter(forward, None)
+        return Adapter(_with_defaults(forward), None)
     backward = _function(spec.backward)
     check_signature(spec.backward, backward, _BACKWARD, backward_options(spec))
-    return Adapter(forward, backward)
+    return Adapter(_with_defaults(forward), _with_defaults(backward))
+
+
+def _with_defaults(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the core's defaults for options that it insists on being given."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:
+        return function
+    insisted = {name for name, item in parameters.items() if name in _DEFAULTS and item.default is item.empty}
+    return partial(function, **{name: _DEFAULTS[name] for name in insisted}) if insisted else function
 
 
 def _function(where: str) -> Callable[..., Any]:
@@ -189,10 +199,10 @@ def _check_default(where: str, item: inspect.Parameter) -> None:
         msg = f"{where} can't be called without {item.name}, which is no option of attn; give it a default"
         raise SignatureError(msg)
     default = _DEFAULTS[item.name]
-    if item.default is not item.empty and type(item.default) in (type(default), int) and item.default == default:
+    if item.default is item.empty or (type(item.default) in (type(default), int) and item.default == default):
         return
-    found = "no default" if item.default is item.empty else f"{item.default!r} as the default"
     msg = (
-        f"{where} has {found} of {item.name}; a call that has {default!r} leaves it out, so that has to be its default"
+        f"{where} has {item.default!r} as the default of {item.name}; a call that has {default!r} leaves it out, "
+        "so that has to be its default, or it has none"
     )
     raise SignatureError(msg)

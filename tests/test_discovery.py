@@ -6,13 +6,9 @@ import importlib.metadata
 import json
 import sys
 from itertools import permutations
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parent))  # importlib mode puts nothing on the path
 
 import fake_distributions
+import pytest
 from fake_distributions import HEAD, declaring, written
 
 from attn_core import installed, registry

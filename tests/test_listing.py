@@ -6,13 +6,9 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parent))  # importlib mode puts nothing on the path
 
 import fake_distributions
+import pytest
 from fake_distributions import declaring
 
 from attn_core import cli, listing

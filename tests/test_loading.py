@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parent))  # importlib mode puts nothing on the path
 
 import fake_distributions
+import pytest
 from fake_distributions import declaring
 
 from attn_core import BackendNotUsable, list_backends, loading, registry
@@ -87,7 +83,6 @@ def test_a_forward_that_takes_what_is_declared_is_loaded_once(world, signature):
             f"def forward(query, key, value, *, scale, {OPTIONS.replace('dropout_p=0.0', 'dropout_p=0.1')}): pass",
             "0.1 as the default of dropout_p",
         ),
-        ("def forward(query, key, value, *, scale, causal, **options): pass", "no default of causal"),
         ("def forward(query, key, value, *, scale, page_table, **options): pass", "can't be called without page_table"),
     ],
 )
@@ -220,3 +215,10 @@ def test_other_rows_stay_as_they_are(world):
     pytest.importorskip("torch")
     world.wheel("acme-attn", declaring("'acme', needs='no_such_module'"))
     assert registry.probe(world.row()) == world.row()
+
+
+def test_an_option_without_a_default_is_always_given(world):
+    kernel = "def forward(query, key, value, *, scale, causal, window_size, **options): return causal, window_size"
+    forward = loading.load(spec_of(world, kernel)).forward
+    assert forward(1, 2, 3, scale=1.0) == (False, None)
+    assert forward(1, 2, 3, scale=1.0, causal=True) == (True, None)

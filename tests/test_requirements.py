@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).parent))  # importlib mode puts nothing on the path
 
 import fake_distributions
+import pytest
 from fake_distributions import declaring
 
 from attn_core import requirements

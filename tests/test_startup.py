@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from textwrap import dedent
 
-import pytest
-
-sys.path.append(str(Path(__file__).parent))  # importlib mode puts nothing on the path
-
 import fake_distributions
+import pytest
 from fake_distributions import declaring
 
 world = fake_distributions.world

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attn_core.plugin import Backward, BackendSpec, CapabilityRange, Constraints, ContextParallelSupport, No, Rule
+from attn_core.plugin import BackendSpec, Backward, CapabilityRange, Constraints, ContextParallelSupport, No, Rule
 
 _NO_SOFTCAP = No("torch's kernel has no softcap; native_math and flex do")
 _NO_TRANSFORMS = No("torch has no rule for its attention ops under vmap")
