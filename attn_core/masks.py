@@ -33,10 +33,13 @@ class Description:
         self._prepared: dict[object, tuple[tuple[int, ...], Any]] = {}
 
     def prepared(self, name: object, build: Callable[[], Prepared]) -> Prepared:
-        """Return what ``build()`` made for ``name``, building it once. While code is traced nothing is kept."""
-        if _traced(*self._tensors):
+        """Return what ``build()`` made for ``name``, building it once.
+
+        Nothing is kept while code is traced, and nothing of inference tensors, which don't count their changes.
+        """
+        if _traced(*self._tensors) or any(tensor.is_inference() for tensor in self._tensors):
             return build()
-        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in self._tensors)
+        versions = tuple(tensor._version for tensor in self._tensors)
         kept = self._prepared.get(name)
         if kept is None or kept[0] != versions:
             kept = self._prepared[name] = (versions, build())
@@ -73,8 +76,12 @@ class KeyPadding(Description):
                 "A padding mask of 0 and 1 becomes one with mask.bool()"
             )
             raise CallRefused(msg)
-        self.keep = keep
         super().__init__(keep)
+
+    @property
+    def keep(self) -> torch.Tensor:
+        """Which keys are real, bool (B, Skv)."""
+        return self._tensors[0]
 
     def __repr__(self) -> str:
         return f"KeyPadding(batch={self.keep.shape[0]}, keys={self.keep.shape[1]})"
@@ -119,34 +126,60 @@ class Packed(Description):
                 f"{_describe(cu_seqlens_q)} and {_describe(cu_seqlens_k)}"
             )
             raise CallRefused(msg)
-        self.cu_seqlens_q = cu_seqlens_q
-        self.cu_seqlens_k = cu_seqlens_k
         super().__init__(cu_seqlens_q, cu_seqlens_k)
-        if _traced(cu_seqlens_q, cu_seqlens_k):
-            self.max_seqlen_q, self.max_seqlen_k = max_seqlen_q, max_seqlen_k
-            return
-        self.max_seqlen_q = _longest("q", self.lengths_q, max_seqlen_q)
-        self.max_seqlen_k = _longest("k", self.lengths_k, max_seqlen_k)
+        self._made_traced = _traced(cu_seqlens_q, cu_seqlens_k)
+        self._longest = (max_seqlen_q, max_seqlen_k)
+        if not self._made_traced:
+            self._first_lengths = (self._read_lengths("q"), self._read_lengths("k"))
+            self._longest = (
+                _longest("q", self._first_lengths[0], max_seqlen_q),
+                _longest("k", self._first_lengths[1], max_seqlen_k),
+            )
 
     @property
-    def lengths_q(self) -> list[int]:
-        """The length of each sequence among the queries. Copies from the device the first time."""
-        return self.prepared("lengths_q", lambda: _lengths("cu_seqlens_q", self.cu_seqlens_q))
+    def cu_seqlens_q(self) -> torch.Tensor:
+        """Where each sequence starts among the queries, int32 (N + 1,)."""
+        return self._tensors[0]
 
     @property
-    def lengths_k(self) -> list[int]:
-        """The length of each sequence among the keys. Copies from the device the first time."""
-        return self.prepared("lengths_k", lambda: _lengths("cu_seqlens_k", self.cu_seqlens_k))
+    def cu_seqlens_k(self) -> torch.Tensor:
+        """Where each sequence starts among the keys, int32 (N + 1,)."""
+        return self._tensors[1]
 
     @property
-    def total_q(self) -> int:
-        """How many queries the sequences have together."""
-        return sum(self.lengths_q)
+    def max_seqlen_q(self) -> int | None:
+        """Length of the longest sequence among the queries; None where it was made in traced code and not given."""
+        return self._longest[0]
 
     @property
-    def total_k(self) -> int:
-        """How many keys the sequences have together."""
-        return sum(self.lengths_k)
+    def max_seqlen_k(self) -> int | None:
+        """Length of the longest sequence among the keys; None where it was made in traced code and not given."""
+        return self._longest[1]
+
+    @property
+    def lengths_q(self) -> list[int] | None:
+        """The length of each sequence among the queries; None in traced code, which reads no values."""
+        return self._lengths("q")
+
+    @property
+    def lengths_k(self) -> list[int] | None:
+        """The length of each sequence among the keys; None in traced code, which reads no values."""
+        return self._lengths("k")
+
+    def _lengths(self, side: str) -> list[int] | None:
+        """As they are now. Of inference tensors as they were when this was made: to look again would wait for the GPU."""
+        if self._made_traced or _traced(*self._tensors):
+            return None
+        if any(tensor.is_inference() for tensor in self._tensors):
+            return self._first_lengths["qk".index(side)]
+        return self.prepared(("lengths", side), lambda: self._read_lengths(side))
+
+    def _read_lengths(self, side: str) -> list[int]:
+        """Copy them from the device, and refuse offsets that make no sense."""
+        lengths = _lengths(f"cu_seqlens_{side}", self._tensors["qk".index(side)])
+        if hasattr(self, "_first_lengths"):  # changed in place since it was made
+            _longest(side, lengths, self._longest["qk".index(side)])
+        return lengths
 
     def __repr__(self) -> str:
         return f"Packed(sequences={self.cu_seqlens_q.shape[0] - 1})"

@@ -304,9 +304,8 @@ def _check_packed(mask: Packed, query: torch.Tensor, key: torch.Tensor) -> None:
         msg = f"attn_mask: Packed with a batch of {query.shape[0]}; accepted: sequences laid end to end in a batch of 1"
         raise CallRefused(msg)
     _check_mask_device(mask.cu_seqlens_q.device, query.device)
-    if mask.max_seqlen_q is None or mask.max_seqlen_k is None:
-        return  # made inside traced code, where values can't be read
-    for label, total, length in (("q", mask.total_q, query.shape[1]), ("k", mask.total_k, key.shape[1])):
+    for label, lengths, length in (("q", mask.lengths_q, query.shape[1]), ("k", mask.lengths_k, key.shape[1])):
+        total = length if lengths is None else sum(lengths)  # in traced code values can't be read
         if total != length:
             msg = (
                 f"attn_mask: Packed.cu_seqlens_{label} ends with {total}; accepted: the length of the tensor, {length}"

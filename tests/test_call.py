@@ -181,6 +181,37 @@ def test_what_was_prepared_from_a_description_is_made_again_when_it_changes():
     assert count() == 3
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("backend", ["native", "native_flash", "native_math"])
+def test_a_description_changed_in_place_is_never_stale(inference, backend):
+    with torch.inference_mode(inference):
+        query = torch.randn(2, 6, 2, 16)
+        padding = KeyPadding(torch.ones(2, 6, dtype=torch.bool))
+        before = attention(query, query, query, attn_mask=padding, backend=backend)
+        padding.keep[:, :3] = False
+        after = attention(query, query, query, attn_mask=padding, backend=backend)
+        expected = attention(query, query[:, 3:], query[:, 3:], backend=backend)
+        torch.testing.assert_close(after, expected)
+        assert not torch.allclose(before, after)
+        with pytest.raises(AttributeError):
+            padding.keep = torch.ones(2, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_offsets_changed_in_place_are_never_stale(inference):
+    with torch.inference_mode(inference):
+        query = torch.randn(1, 6, 2, 16)
+        packed = Packed(torch.tensor([0, 3, 6], dtype=torch.int32), max_seqlen_q=6, max_seqlen_k=6)
+        attention(query, query, query, attn_mask=packed)
+        packed.cu_seqlens_q[1] = 5
+        expected = attention(query, query, query, attn_mask=Packed(torch.tensor([0, 5, 6], dtype=torch.int32)))
+        torch.testing.assert_close(attention(query, query, query, attn_mask=packed), expected)
+    if not inference:
+        packed.cu_seqlens_q[2] = 7
+        with pytest.raises(CallRefused, match="max_seqlen_q|ends with 7"):
+            attention(query, query, query, attn_mask=packed)
+
+
 def test_a_refusal_names_who_accepts_the_call():
     with pytest.raises(CallRefused, match="gamma refused the call: .*softcap.*Accepted here by: .*alpha"):
         attention(Q, Q, Q, softcap=2.0, backend="gamma")

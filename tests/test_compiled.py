@@ -163,17 +163,19 @@ def test_options_masks_and_autocast_reach_the_adapter_in_compiled_code():
     offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
     described = KeyPadding(keep)
 
+    outside = Packed(offsets)
+
     def three(query, keep, scale):
         inside = attention(query, query, query, attn_mask=KeyPadding(keep), scale=scale, backend="alpha")
         around = attention(query, query, query, attn_mask=described, window_size=(2, -1), causal=True, backend="beta")
         packed = attention(query, query, query, attn_mask=Packed(offsets), softcap=2, dropout_p=0.5, backend="alpha")
-        return inside, around, packed
+        return inside, around, packed, attention(query, query, query, attn_mask=outside, backend="alpha")
 
     call = compiled(three)
-    assert [number_of(out) for out in call(Q, keep, 0.5)] == [1, 2, 1]
-    assert [number_of(out) for out in call(Q, keep, 0.7)] == [1, 2, 1]
+    assert [number_of(out) for out in call(Q, keep, 0.5)] == [1, 2, 1, 1]
+    assert [number_of(out) for out in call(Q, keep, 0.7)] == [1, 2, 1, 1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert [out.dtype for out in call(Q, keep, 0.7)] == [torch.bfloat16] * 3
+        assert [out.dtype for out in call(Q, keep, 0.7)] == [torch.bfloat16] * 4
 
 
 def test_lse_is_detached_in_compiled_code():
