@@ -101,7 +101,8 @@ def blocks(visible: Visible) -> Blocks:
 
 def _walk(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.argsort(chosen.to(torch.int32), dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+    # The kernel of the backward takes rows of indices to be contiguous; what is sorted keeps the strides of its transpose.
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
 def _range(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -263,7 +263,9 @@ def _elsewhere(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     choice = _choice(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     compute = _FUSED.get(choice, math_forward)
-    result = compute(
-        query, key, value, scale=scale, attn_mask=mask, causal=causal, dropout_p=dropout_p, return_lse=True
-    )
+    options: dict[str, Any] = {"causal": causal, "dropout_p": dropout_p}
+    given = {name: option for name, option in options.items() if option}  # a kernel takes what it is declared for
+    if mask is not None:
+        given["attn_mask"] = mask
+    result = compute(query, key, value, scale=scale, return_lse=True, **given)
     return cast("tuple[torch.Tensor, torch.Tensor]", result)

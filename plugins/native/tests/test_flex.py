@@ -408,3 +408,9 @@ def test_backward_of_what_sees_nothing_is_zero(with_graph):
         torch.randn_like(query), query, key, value, query * 0, lse, scale=SCALE, attn_mask=nothing
     )
     assert not any(gradient.any() for gradient in gradients)
+
+
+def test_the_rows_of_a_block_mask_are_contiguous_both_ways():
+    """The kernels for a GPU read them so; a transposed order gave wrong gradients of the keys there."""
+    visible = flex_blocks.diagonal(300, 700, -flex_blocks.NO_LIMIT, 400, torch.device("cpu"))
+    assert all(tensor.is_contiguous() for tensor in flex_blocks.blocks(visible))
