@@ -46,7 +46,7 @@ def forward(
     if traced():
         form, operands = prepare(query, key, attn_mask, scale, left, right, softcap, lse=return_lse)
         return attend(form, query, key, value, operands)
-    if torch.is_grad_enabled() and _requires_grad(query, key, value, attn_mask):
+    if torch.is_grad_enabled() and _requires_grad(query, key, value):
         return eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
     with torch.no_grad():
         return eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)

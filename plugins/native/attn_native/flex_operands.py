@@ -95,8 +95,7 @@ def _dense_operand(attn_mask: Mask, key_length: int) -> tuple[tuple[bool, ...], 
         return (True, False, False, True), attn_mask.keep.contiguous()
     if not isinstance(attn_mask, torch.Tensor):
         return (), None
-    if attn_mask.requires_grad:  # its gradient is summed over whatever it is broadcast to, in its dtype
-        attn_mask = attn_mask.float()
+    attn_mask = attn_mask.detach()
     indexed = tuple(size != 1 for size in attn_mask.shape)
     if not any(indexed):
         return (False, False, False, True), attn_mask.reshape(1).expand(key_length).contiguous()

@@ -263,6 +263,8 @@ def _elsewhere(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     choice = _choice(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     compute = _FUSED.get(choice, math_forward)
+    if mask is not None and compute is aten.cudnn_forward:  # its operator takes no mask; SDPA writes a bias out for it
+        compute = aten.efficient_forward
     options: dict[str, Any] = {"causal": causal, "dropout_p": dropout_p}
     given = {name: option for name, option in options.items() if option}  # a kernel takes what it is declared for
     if mask is not None:

@@ -44,7 +44,11 @@ _CUDA = Constraints(
     softcap=True,
     lse=True,
     deterministic=True,
-    mask_gradient=True,
+    mask_gradient=No(
+        "the kernel of the mask's gradient asks for more shared memory than the GPU has at common shapes "
+        "(seen on an H200, torch 2.11), and torch loses that gradient inside torch.compile (pytorch issue 162228); "
+        "native and native_math have it"
+    ),
     backward=True,
     dropout=_DROPOUT,
     double_backward=No("the backward of flex_attention can't be differentiated"),
@@ -52,14 +56,14 @@ _CUDA = Constraints(
     forward_mode=_FORWARD_MODE,
     rules=[
         Rule(
-            "deterministic: the gradient of the mask is summed with atomic additions, in an order that varies; "
-            "detach the mask, or use native_math",
-            lambda facts: facts.deterministic and facts.mask_gradient,
+            "float32 with a head dim above 128: the Triton kernel asks for more shared memory than the GPU has "
+            "(seen on an H200, torch 2.11); use a 16-bit dtype, or native_efficient",
+            lambda facts: facts.dtype == "float32" and max(facts.head_dim, facts.value_head_dim) > 128,
         ),
         Rule(
-            "mask_gradient: inside torch.compile torch loses the gradient of a mask that is computed in the same graph "
-            "(pytorch issue 162228); call it outside compiled code, or use native_math",
-            lambda facts: facts.compiled and facts.mask_gradient,
+            "a described mask inside torch.compile on a GPU: torch reads its indices out of bounds there, or can't generate "
+            "the code (seen on torch 2.11); call it outside compiled code, or use native",
+            lambda facts: facts.compiled and facts.mask in {"key_padding", "packed"},
         ),
     ],
 )
