@@ -38,7 +38,16 @@ def forward(kernel: tuple[Forward, Backward], query: Any, key: Any, value: Any, 
 
 
 def backward(
-    kernel: Backward, grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, *, attn_mask: Any, scale: float
+    kernel: Backward,
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    *,
+    attn_mask: Any,
+    scale: float,
 ) -> Any:
     """The gradients of ``forward``, from a result and lse that may be those of a longer key sequence."""
     blind = query.shape[1] - key.shape[1]
@@ -79,7 +88,14 @@ def _masked(attn_mask: Any) -> dict[str, Any]:
 
 
 def _more_queries(
-    kernel: Forward, query: Any, key: Any, value: Any, *, attn_mask: Any = None, return_lse: bool = False, **options: Any
+    kernel: Forward,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    attn_mask: Any = None,
+    return_lse: bool = False,
+    **options: Any,
 ) -> Any:
     blind = query.shape[1] - key.shape[1]
     out, lse = kernel(
@@ -160,10 +176,8 @@ class _Merged(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Any, _: Any) -> Any:
         query, key, value, out, lse, mask = ctx.saved_tensors
-        grads = backward(
-            ctx.kernel_backward, grad_out, query, key, value, out, lse, attn_mask=mask, scale=ctx.scale
-        )
+        grads = backward(ctx.kernel_backward, grad_out, query, key, value, out, lse, attn_mask=mask, scale=ctx.scale)
         return (*grads, None, None, None, None)

@@ -60,10 +60,14 @@ def forward(
     """
     if causal and query.shape[1] != key.shape[1]:
         options: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
-        return aten_corner.forward((forward, backward), query, key, value, scale=scale, return_lse=return_lse, **options)
+        return aten_corner.forward(
+            (forward, backward), query, key, value, scale=scale, return_lse=return_lse, **options
+        )
     if return_lse and query.dtype in _HALF:
         mask = additive(attn_mask, torch.float32)
-        out, lse = forward(query.float(), key.float(), value.float(), scale=scale, attn_mask=mask, causal=causal, return_lse=True)
+        out, lse = forward(
+            query.float(), key.float(), value.float(), scale=scale, attn_mask=mask, causal=causal, return_lse=True
+        )
         return out.to(query.dtype), lse
     if scale <= 0.0:
         query, scale = positive_scale(query, scale)

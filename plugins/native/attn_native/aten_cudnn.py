@@ -14,7 +14,7 @@ from attn_native.aten_inputs import aligned, infinite_lse, needs_graph, positive
 if TYPE_CHECKING:
     from attn_native.aten_inputs import Tensors
 
-_CUDNN = torch._scaled_dot_product_cudnn_attention  # type: ignore[attr-defined]
+_CUDNN: Any = torch._scaled_dot_product_cudnn_attention
 _CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 

@@ -153,9 +153,10 @@ def backward(
 
 
 def _with_blind(result: Any, blind: int, *, return_lse: bool) -> Any:
-    out, lse = result if return_lse else (result, None)
-    out = pad(out, (0, 0, 0, 0, blind, 0))
-    return (out, pad(lse, (blind, 0), value=float("-inf"))) if return_lse else out
+    if not return_lse:
+        return pad(result, (0, 0, 0, 0, blind, 0))
+    out, lse = result
+    return pad(out, (0, 0, 0, 0, blind, 0)), pad(lse, (blind, 0), value=float("-inf"))
 
 
 def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
@@ -175,15 +176,11 @@ def _mask_type(query: torch.Tensor, key: torch.Tensor, *, causal: bool) -> int:
     return _TOP_LEFT if query.shape[1] == key.shape[1] else _BOTTOM_RIGHT
 
 
-def _bias(attn_mask: torch.Tensor | Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _bias(attn_mask: Any, query: torch.Tensor, key: torch.Tensor) -> Any:
     """The mask as the kernel reads it: rows 16 bytes aligned, other dimensions expanded without a copy."""
-    bias = additive(attn_mask, query.dtype)
+    bias: Any = additive(attn_mask, query.dtype)
     batch, queries, heads, keys = query.shape[0], query.shape[1], query.shape[2], key.shape[1]
-    assert bias is not None
     if bias.shape[3] == 1:
         bias = bias.expand(-1, -1, -1, keys)
-    if keys % 8:
-        bias = pad(bias, (0, -keys % 8))[..., :keys]
-    else:
-        bias = aligned(bias)
+    bias = pad(bias, (0, -keys % 8))[..., :keys] if keys % 8 else aligned(bias)
     return bias.expand(batch, heads, queries, keys)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 
 from attn_core.masks import KeyPadding
@@ -68,4 +66,4 @@ def columns(attn_mask: torch.Tensor | None, start: int, end: int | None) -> torc
     """The mask of the keys from ``start`` to before ``end``."""
     if attn_mask is None or attn_mask.shape[3] == 1:
         return attn_mask
-    return cast("torch.Tensor", attn_mask[..., start:end])
+    return attn_mask[..., start:end]

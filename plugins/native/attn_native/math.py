@@ -124,7 +124,9 @@ def backward(
     if bent is not None:
         grad_scores = grad_scores * (1.0 - bent * bent)
     grad_scores = _by_key_head(grad_scores, key_heads) * scale
-    grad_query = (grad_scores @ _heads_first(key)).reshape(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    grad_query = (grad_scores @ _heads_first(key)).reshape(
+        query.shape[0], query.shape[2], query.shape[1], query.shape[3]
+    )
     grad_key = grad_scores.transpose(-1, -2) @ _rows(query, key_heads)
     grad_value = _by_key_head(probabilities, key_heads).transpose(-1, -2) @ grad_rows
     return (

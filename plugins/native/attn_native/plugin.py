@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attn_core.plugin import BackendSpec, hookimpl
-from attn_native.specs import aten, flex, math, sdpa
+from attn_native.specs.aten import CUDNN, EFFICIENT, FLASH
+from attn_native.specs.flex import FLEX
+from attn_native.specs.math import MATH
+from attn_native.specs.sdpa import NATIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,9 +17,9 @@ if TYPE_CHECKING:
 @hookimpl
 def attn_backends() -> Iterator[BackendSpec]:
     """Declare each backend of this wheel."""
-    yield sdpa.NATIVE
-    yield aten.FLASH
-    yield aten.EFFICIENT
-    yield aten.CUDNN
-    yield math.MATH
-    yield flex.FLEX
+    yield NATIVE
+    yield FLASH
+    yield EFFICIENT
+    yield CUDNN
+    yield MATH
+    yield FLEX

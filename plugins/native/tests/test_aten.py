@@ -121,7 +121,9 @@ def test_causal_is_bottom_right_at_every_pair_of_lengths(dtype: torch.dtype, que
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1e-3, 30.0])
 @pytest.mark.parametrize("causal", [False, True])
 def test_any_finite_scale_is_right(scale: float, causal: bool) -> None:
-    check([torch.randn(1, 6, 2, 8) for _ in range(3)], flash_forward, scale=scale, **({"causal": True} if causal else {}))
+    check(
+        [torch.randn(1, 6, 2, 8) for _ in range(3)], flash_forward, scale=scale, **({"causal": True} if causal else {})
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -201,7 +203,11 @@ def test_gradients_arriving_expanded_or_strided_are_read_right() -> None:
     for keys in (9, 4):
         cut = [inputs[0], inputs[1][:, :keys], inputs[2][:, :keys]]
         exact_cut = [exact[0], exact[1][:, :keys], exact[2][:, :keys]]
-        for grad_out in (torch.ones(()).expand(2, 9, 2, 8), torch.randn(2, 9, 2, 16)[..., ::2], torch.randn(8, 2, 9, 2).T):
+        for grad_out in (
+            torch.ones(()).expand(2, 9, 2, 8),
+            torch.randn(2, 9, 2, 16)[..., ::2],
+            torch.randn(8, 2, 9, 2).T,
+        ):
             found = torch.autograd.grad(flash_forward(*cut, scale=0.3, causal=True), inputs, grad_out)
             wanted = torch.autograd.grad(reference(*exact_cut, scale=0.3, causal=True)[0], exact, grad_out.double())
             for item, right in zip(found, wanted, strict=True):
@@ -213,7 +219,12 @@ def test_gradients_arriving_expanded_or_strided_are_read_right() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_nan_in_what_a_query_sees_is_never_hidden(dtype: torch.dtype, length: int, causal: bool) -> None:
     draw = torch.randn(3, 1, length, 1, 8).to(dtype)
-    for spoiled, rows in ((0, slice(length // 2, length // 2 + 1)), (1, slice(0, 1)), (1, slice(None)), (2, slice(0, 1))):
+    for spoiled, rows in (
+        (0, slice(length // 2, length // 2 + 1)),
+        (1, slice(0, 1)),
+        (1, slice(None)),
+        (2, slice(0, 1)),
+    ):
         inputs = draw.clone()
         inputs[spoiled, :, rows] = float("nan")
         expected, expected_lse = reference(*inputs, scale=0.3, causal=causal)
@@ -239,7 +250,9 @@ def test_key_padding_costs_no_dense_mask_and_is_prepared_once(monkeypatch: pytes
     from attn_native import aten_cpu
 
     op = aten_cpu._FLASH
-    monkeypatch.setattr(aten_cpu, "_FLASH", lambda *args, **options: (taken.append(options["attn_mask"]), op(*args, **options))[1])
+    monkeypatch.setattr(
+        aten_cpu, "_FLASH", lambda *args, **options: (taken.append(options["attn_mask"]), op(*args, **options))[1]
+    )
     query = torch.randn(2, 5, 1, 8)
     padding = KeyPadding(torch.tensor([[True] * 3 + [False] * 2, [False] + [True] * 4]))
     for _ in range(2):
@@ -252,7 +265,13 @@ def test_key_padding_costs_no_dense_mask_and_is_prepared_once(monkeypatch: pytes
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": True}, {"causal": True, "return_lse": True}, {"mask": "bool"}, {"mask": "key_padding", "causal": True}],
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "return_lse": True},
+        {"mask": "bool"},
+        {"mask": "key_padding", "causal": True},
+    ],
     ids=str,
 )
 def test_compiled_calls_are_right_static_and_dynamic(dynamic: bool, backend: str, options: dict[str, Any]) -> None:
@@ -268,7 +287,9 @@ def test_compiled_calls_are_right_static_and_dynamic(dynamic: bool, backend: str
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=backend)
     for queries, keys in ((6, 6), (5, 11), (12, 7)):
-        inputs = [torch.randn(2, rows, heads, 8, requires_grad=True) for rows, heads in ((queries, 4), (keys, 2), (keys, 2))]
+        inputs = [
+            torch.randn(2, rows, heads, 8, requires_grad=True) for rows, heads in ((queries, 4), (keys, 2), (keys, 2))
+        ]
         keep = torch.rand(2, 1, 1, keys) < 0.6 if kind else None
         expected = call(*inputs, keep)
         out = compiled(*inputs, keep)

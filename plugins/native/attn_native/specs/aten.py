@@ -169,7 +169,9 @@ def _cudnn(capability: CapabilityRange | set[tuple[int, int]], head_dims: range,
         masks={
             "none": True,
             "bool": No("torch hands cuDNN only a written-out bias, without its gradient; native_efficient takes masks"),
-            "float": No("torch hands cuDNN only a written-out bias, without its gradient; native_efficient takes masks"),
+            "float": No(
+                "torch hands cuDNN only a written-out bias, without its gradient; native_efficient takes masks"
+            ),
             "key_padding": No("torch hands cuDNN only a written-out bias; native_efficient takes key padding"),
             "packed": No("torch's packed path of cuDNN is experimental; native_flash takes packed sequences"),
         },
