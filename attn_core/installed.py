@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
@@ -17,7 +17,7 @@ else:
     import importlib_metadata as metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["Installed", "forget", "installed", "metadata", "normalized"]
 
@@ -86,8 +86,9 @@ class Installed:
 def installed() -> Mapping[str, Installed]:
     """Every distribution that import reaches, by normalised name. Read once; ``forget`` reads again."""
     found: dict[str, list[Installed]] = {}
-    for source in metadata.distributions():
-        item = _read(source)  # type: ignore[arg-type]
+    sources: Iterable[Any] = metadata.distributions()  # typed by either of the two libraries
+    for source in sources:
+        item = _read(source)
         if item is not None:
             found.setdefault(item.name, []).append(item)
     return {name: items[0] if len(items) == 1 else _first(items) for name, items in found.items()}
