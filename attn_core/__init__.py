@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from attn_core.registry import list_backends
     from attn_core.selection import set_backend, use_backend
 
+    __version__: str
+
 __all__ = [
     "AttnError",
     "BackendNotUsable",

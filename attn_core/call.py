@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
 import torch
 
@@ -45,6 +45,63 @@ _grad_enabled = torch._C.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | Sequence[str] | None = ...,
+    parallel: None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[True],
+    backend: str | Sequence[str] | None = ...,
+    parallel: None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool = ...,
+    return_lse: bool,
+    backend: str | Sequence[str] | None = ...,
+    parallel: None = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def attention(  # noqa: C901, PLR0912 - on the way of every call, where each further function costs a twentieth of it

@@ -58,14 +58,15 @@ attention(query, query, query, True)  # type: ignore[call-overload]
 assert_type(set_backend("native"), None)
 with use_backend("flex", "native"):
     attention(query, query, query)
-assert_type(bind(torch.nn.Identity(), "native"), torch.nn.Identity)
+assert_type(bind(torch.nn.Identity(), "native").remove(), None)
 
 # asking
 names: list[str] = [row.name for row in list_backends()]
 reasons: list[str | None] = [row.reason for row in list_backends()]
 told: str = str(explain(query, query, query, causal=True))
 resolved = plan(query, query, query, causal=True)
-assert_type(resolved(query, query, query), Tensor)
+assert_type(resolved.backend, str)
+resolved(query, query, query)
 
 # errors
 refusals: Sequence[type[AttnError]] = [BackendNotUsable, CallRefused]
