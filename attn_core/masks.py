@@ -257,10 +257,16 @@ def diagonal_mask(
     if left < 0 and right < 0:
         return None
     position = torch.arange(query_length, device=device)[:, None] + (key_length - query_length)
-    distance = torch.arange(key_length, device=device)[None, :] - position
+    keys = torch.arange(key_length, device=device)[None, :]
+    return _around(position, keys, left, right)
+
+
+def _around(position: torch.Tensor, keys: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """Which keys lie from ``left`` before to ``right`` after each position, one side at least limited. Bools alone are made."""
     if left < 0:
-        return distance <= right
-    return distance >= -left if right < 0 else (distance >= -left) & (distance <= right)
+        return keys <= position + right
+    near = keys >= position - left
+    return near if right < 0 else near & (keys <= position + right)
 
 
 def packed_mask(
@@ -293,10 +299,7 @@ def packed_mask(
     if left < 0 and right < 0:
         return visible
     position = queries - starts_q[1:][owner_q] + starts_k[1:][owner_q]
-    distance = keys[None, :] - position[:, None]
-    if left >= 0:
-        visible = visible & (distance >= -left)
-    return visible if right < 0 else visible & (distance <= right)
+    return visible & _around(position[:, None], keys[None, :], left, right)
 
 
 def visible_mask(
