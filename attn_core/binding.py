@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,11 @@ class _BoundForward:
         self.module = module
         self.names = names
         self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the forward itself: trainers look at it."""
+        return inspect.signature(self.previous or MethodType(type(self.module).forward, self.module))
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         names = (self.names,) if isinstance(self.names, str) else self.names
@@ -56,7 +63,8 @@ def bind(module: torch.nn.Module, *names: str) -> Binding:
 
     Args:
         module: a ``torch.nn.Module``. Methods called beside ``forward`` (``vae.decode``) are not inside: bind the
-            submodules that they run, or open a scope.
+            submodules that they run, or open a scope. A shallow copy of a bound module (``copy.copy``, the replicas of
+            ``DataParallel``) runs the original's forward: bind the copy.
         names: one name, strict; or several in order of preference.
 
     Raises:

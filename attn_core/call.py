@@ -10,6 +10,7 @@ import torch
 
 from attn_core import selection
 from attn_core.admission import admit
+from attn_core.errors import BackendNotUsable
 from attn_core.masks import Description
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
@@ -174,7 +175,11 @@ def attention(  # noqa: C901, PLR0912 - on the way of every call, where each fur
                 query_length == key_length or (-1 if query_length < key_length else 2),
                 batch and query_length and key_length and True,
             )  # fmt: skip
+        if type(query_length) is not int:
+            raise TypeError  # noqa: TRY301 - a length of a nested or an exported tensor, to be read with care
         if backend is None:
+            if selection.traced_scopes:
+                raise BackendNotUsable(selection.SUSPENDED)
             scopes = _scopes()
             if scopes:
                 choice = selection.in_force() if scopes[-1].closed else scopes[-1].names
@@ -201,7 +206,12 @@ def attention(  # noqa: C901, PLR0912 - on the way of every call, where each fur
             _forward_ad._current_level >= 0 and has_tangent(query, key, value, attn_mask),
         )  # fmt: skip
         found = _memory.get(kind)
-    except (AttributeError, TypeError, ValueError):  # not what it should be, or not hashable: read with care below
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # not what it should be, or not hashable: read with care below
         kind = found = None
     if found is None:
         options = {
@@ -219,6 +229,7 @@ def attention(  # noqa: C901, PLR0912 - on the way of every call, where each fur
         return run(query, key, value, scale=scale, **{name: given[name] for name in brought})
     except (RuntimeError, TypeError, ValueError):
         check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
+        check_mask(attn_mask, query, key)
         raise
 
 
@@ -262,6 +273,8 @@ def resolve(query: Any, key: Any, value: Any, options: dict[str, Any], backend: 
     call = read(query, key, value, options)
     if backend is not None:
         return admit(selection.normalized(backend), call.facts, "backend="), call
+    if selection.traced_scopes:
+        raise BackendNotUsable(selection.SUSPENDED)
     choice = selection.in_force()
     if selection.checkpointing():
         choice = selection.consistent_choice(choice)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 from packaging.requirements import InvalidRequirement, Requirement
 
 from attn_core.errors import AttnError
 from attn_core.facts import DTYPES, MASKS, PLATFORMS, Facts
+from attn_core.guard import Raised, attempt
 
 API = 1
 """The version of the meanings (the table of what each option does) that this core speaks."""
@@ -88,6 +90,10 @@ class CapabilityRange:
     maximum: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        for end in (self.minimum, *((self.maximum,) if self.maximum is not None else ())):
+            if not isinstance(end, tuple) or len(end) != 2 or not all(type(number) is int for number in end):
+                msg = f"CapabilityRange: an end is a pair (major, minor), found {end!r}"
+                raise DeclarationError(msg)
         if self.maximum is not None and self.maximum < self.minimum:
             msg = f"CapabilityRange: the maximum {self.maximum} lies below the minimum {self.minimum}"
             raise DeclarationError(msg)
@@ -128,7 +134,7 @@ _FOUND: dict[str, Callable[[Facts], str]] = {
 
 
 def _check_names(owner: str, label: str, found: Any, known: Sequence[str]) -> frozenset[str]:
-    if isinstance(found, str) or not isinstance(found, Collection):
+    if isinstance(found, (str, Mapping)) or not isinstance(found, Collection):
         msg = f"{owner}: {label} is a set of names, found {found!r}; known: {', '.join(known)}"
         raise DeclarationError(msg)
     unknown = sorted(str(name) for name in found if name not in known)
@@ -246,7 +252,7 @@ class Limits:
         owner = type(self).__name__
         for item in fields(self):
             found = getattr(self, item.name)
-            if found is None:
+            if found is None and item.name != "rules":
                 continue
             if item.name in _CHECKS:
                 found = _CHECKS[item.name](owner, found)
@@ -301,7 +307,12 @@ class Limits:
         return self.head_dims is not None and (facts.head_dim, facts.value_head_dim) in self.head_dims
 
     def _reasons_from_rules(self, facts: Facts) -> Iterable[str]:
-        return (rule.text for rule in self.rules if rule.refuses(facts))
+        for rule in self.rules:
+            refused = attempt(partial(rule.refuses, facts))
+            if isinstance(refused, Raised):
+                yield f"{rule.text}: the rule itself raises {refused}; report it to the authors of the wheel"
+            elif refused.value:
+                yield rule.text
 
 
 def _capability(capability: tuple[int, int]) -> str:
@@ -517,7 +528,7 @@ class BackendSpec:
         self._check_contradictions(owner)
 
     def _check_names(self) -> None:
-        if isinstance(self.aliases, str):
+        if isinstance(self.aliases, str) or not isinstance(self.aliases, Collection):
             msg = f"BackendSpec({self.name!r}): aliases is a set of names, found the text {self.aliases!r}"
             raise DeclarationError(msg)
         object.__setattr__(self, "aliases", tuple(sorted(self.aliases, key=str)))
@@ -582,6 +593,10 @@ class BackendSpec:
             if item.dropout and not (isinstance(item.backward, Backward) and isinstance(item.backward.dropout, No)):
                 msg = f"{owner}: dropout with a backward that the core calls: the draw is not handed over; use autograd='own'"
                 raise DeclarationError(msg)
+            for name in ("vmap", "forward_mode", "double_backward"):
+                if getattr(item, name):
+                    msg = f"{owner}: {name} with a backward that the core calls: its graph has no such rule; use autograd='own'"
+                    raise DeclarationError(msg)
             if item.mask_gradient:
                 msg = f"{owner}: mask_gradient with a backward that the core calls: it returns dq, dk, dv; use autograd='own'"
                 raise DeclarationError(msg)

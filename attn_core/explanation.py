@@ -143,7 +143,10 @@ def explain_shapes(
 def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None) -> Explanation:
     """``explain`` from the facts of a call."""
     verdicts = tuple(_verdict(row, facts) for row in registry.known_rows())
-    choice = selection.in_force() if backend is None else selection.normalized(backend)
+    try:
+        choice = selection.in_force() if backend is None else selection.normalized(backend)
+    except AttnError as error:
+        return Explanation(facts, None, None, "the call", str(error), verdicts)
     chosen_by = "the call" if backend is not None else selection.origin()
     chosen, errors = None, []
     for name in selection.listed(choice):

@@ -32,6 +32,11 @@ class Description:
         self._tensors = tensors
         self._prepared: dict[object, tuple[tuple[int, ...], Any]] = {}
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it is made of."""
+        return self._tensors
+
     def prepared(self, name: object, build: Callable[[], Prepared]) -> Prepared:
         """Return what ``build()`` made for ``name``, building it once.
 

@@ -9,6 +9,7 @@ from typing import Any
 from attn_core.errors import CallRefused
 
 UNLIMITED = -1
+_LONGEST = 2**31 - 1  # a window beyond this limits nothing, and kernels count in 32 bits
 
 
 def number(label: str, value: Any, accepted: str) -> float:
@@ -17,7 +18,10 @@ def number(label: str, value: Any, accepted: str) -> float:
     >>> number("scale", 2, "a finite number")
     2.0
     """
-    found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else inf
+    try:
+        found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else inf
+    except OverflowError:  # an int of hundreds of digits
+        found = inf
     if -inf < found < inf:
         return found
     msg = f"{label}: found {_shown(value)}; accepted: {accepted}"
@@ -75,7 +79,7 @@ def window_of(value: Any, *, causal: bool) -> tuple[int, int] | None:
     if len(sides) != 2 or not all(_is_window_side(side) for side in sides):
         msg = f"window_size: found {_shown(value)}; accepted: {accepted}"
         raise CallRefused(msg)
-    left, right = (int(side) for side in sides)
+    left, right = (int(side) if side <= _LONGEST else UNLIMITED for side in sides)
     if causal:
         return None if left == UNLIMITED else (left, 0)
     return None if left == right == UNLIMITED else (left, right)
@@ -84,8 +88,7 @@ def window_of(value: Any, *, causal: bool) -> tuple[int, int] | None:
 def _is_window_side(side: Any) -> bool:
     if isinstance(side, bool) or not isinstance(side, Real):
         return False
-    number = float(side)
-    return UNLIMITED <= number < inf and number == int(number)
+    return bool(side >= UNLIMITED and side < inf and side == int(side))  # type: ignore[operator, call-overload]
 
 
 def _shown(value: Any) -> str:

@@ -274,6 +274,9 @@ def check_mask(attn_mask: Any, query: torch.Tensor, key: torch.Tensor) -> None:
 
 def check_dense_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
     """Refuse a mask tensor that is not 4-D, broadcastable to (B, Hq, Sq, Skv), bool or float, on the call's device."""
+    if mask.layout != torch.strided or mask.is_nested:
+        msg = f"attn_mask: found a {'nested' if mask.is_nested else mask.layout} tensor; accepted: dense tensors"
+        raise CallRefused(msg)
     full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     if mask.ndim != 4 or not all(found in (1, wanted) for found, wanted in zip(mask.shape, full, strict=True)):
         hint = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from threading import RLock
 from typing import TYPE_CHECKING, NamedTuple
@@ -103,6 +104,9 @@ def refresh() -> None:
     with _lock:
         _state.clear()
         installed.forget()
+        call = sys.modules.get("attn_core.call")
+        if call is not None:  # what was admitted before may not be any more
+            call.forget()
 
 
 def find(name: str) -> Row:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from attn_core.errors import AttnError
+from attn_core.errors import AttnError, CallRefused
+from attn_core.masks import Description
 from attn_core.reading import cast
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class _WithBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, adapter: Any, options: dict[str, Any]) -> Any:
         out, lse = adapter.forward(query, key, value, **{**options, "return_lse": True})
-        ctx.save_for_backward(query, key, value, out, lse)
+        mask = options.get("attn_mask")  # saved too, so that a change of it before the backward is found
+        described = mask.tensors if isinstance(mask, Description) else () if mask is None else (mask,)
+        ctx.save_for_backward(query, key, value, out, lse, *described)
         ctx.adapter = adapter
         ctx.options = {name: option for name, option in options.items() if name not in ("return_lse", "deterministic")}
         if options.get("deterministic"):
@@ -101,7 +104,11 @@ class _WithBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Any, _: Any) -> Any:
-        query, key, value, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            msg = "backward: a gradient of the gradient (create_graph=True) is not supported by this backend; "
+            msg += "another one may have it: see attn explain"
+            raise CallRefused(msg)
+        query, key, value, out, lse, *_ = ctx.saved_tensors
         grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
         return (*grads, None, None)
 

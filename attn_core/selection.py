@@ -7,7 +7,9 @@ variable, so that threads and tasks never see each other's, and ``asyncio.to_thr
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from contextvars import ContextVar, Token
+from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
@@ -17,6 +19,7 @@ from attn_core import registry
 from attn_core.errors import BackendNotUsable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 Choice = str | tuple[str, ...]
@@ -36,10 +39,11 @@ graph_task = torch._C._current_graph_task_id
 class Scope:
     """One opened scope. ``closed`` is set where it ends in another thread or task than it began in."""
 
-    __slots__ = ("closed", "frame", "graph_task", "names", "token")
+    __slots__ = ("closed", "frame", "graph_task", "names", "owner", "token")
 
-    def __init__(self, names: Choice) -> None:
+    def __init__(self, names: Choice, owner: object = None) -> None:
         self.names = names
+        self.owner = owner
         self.closed = False
         self.graph_task = graph_task()
         self.frame = _checkpoint_frame()
@@ -165,9 +169,9 @@ class use_backend:  # noqa: N801 - a context manager reads as a verb
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
-            traced_scopes.append(self.names)
+            traced_scopes.append((self.names, _trace()))
             return
-        self._opened.append(open_scope(check(self.names)))
+        self._opened.append(open_scope(check(self.names), self))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -175,13 +179,21 @@ class use_backend:  # noqa: N801 - a context manager reads as a verb
         if torch.compiler.is_dynamo_compiling():
             traced_scopes.pop()
             return
-        close_scope(self._opened.pop())
+        own = [
+            scope for scope in scopes() if scope.owner is self
+        ]  # the object may be entered in several contexts at once
+        if not own and not self._opened and traced_scopes:  # it began in compiled code, and ends outside it
+            traced_scopes.pop()
+            return
+        scope = own[-1] if own else self._opened[-1]
+        self._opened.remove(scope)
+        close_scope(scope)
 
 
-def open_scope(names: Choice) -> Scope:
+def open_scope(names: Choice, owner: object = None) -> Scope:
     """Begin a scope in this context."""
     _note_varied()
-    scope = Scope(names)
+    scope = Scope(names, owner)
     scope.token = _stack.set((*scopes(), scope))
     _count_open(1)
     return scope
@@ -216,10 +228,13 @@ def _checkpoint_frame() -> Any:
     hooks = _top_hooks(True) if _top_hooks is not None else None
     if hooks is None:
         return None
-    for cell in getattr(hooks[0], "__closure__", None) or ():
-        if hasattr(cell.cell_contents, "recompute_fn"):
-            return cell.cell_contents
-    return None
+    return next((item for item in _closed_over(hooks[0]) if hasattr(item, "recompute_fn")), None)
+
+
+def _closed_over(hook: Any) -> Iterator[Any]:
+    for cell in getattr(hook, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
 
 
 def consistent_choice(choice: Choice | None) -> Choice | None:
@@ -273,8 +288,8 @@ def _recomputes_without_note() -> bool:
     """
     hooks = _top_hooks(True) if _top_hooks is not None else None
     hook = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks is not None else None
-    for cell in getattr(hook, "__closure__", None) or ():
-        frame = cell.cell_contents() if isinstance(cell.cell_contents, ReferenceType) else None
+    for item in _closed_over(hook):
+        frame = item() if isinstance(item, ReferenceType) else None
         if hasattr(frame, "recompute_fn"):
             return not hasattr(frame, "attn_choice_noted")
     return False
@@ -289,6 +304,8 @@ def _note_varied() -> None:
 
 def note_used(choice: Choice | None) -> None:
     """Remember that a call in this process ran on a choice that was in force, not named by the call."""
+    if _used and choice not in _used:
+        _note_varied()
     _used.add(choice)
 
 
@@ -297,18 +314,49 @@ def note_used(choice: Choice | None) -> None:
 # reads the choice makes compiled code follow every switch. Elsewhere it guards two globals, the default and "a scope is
 # open somewhere", and refuses in the second case: never stale.
 
-traced_scopes: list[Choice] = []
-"""Scopes opened inside the code that is being traced; Dynamo follows appends and pops."""
+traced_scopes: list[tuple[Choice, int]] = []
+"""Scopes opened inside the code that is being traced, each with its trace; Dynamo follows appends and pops.
+
+Empty outside a trace, unless Dynamo left the code inside a scope: at a graph break, in a function that is not compiled,
+or where a generator is suspended. Calls are refused as long as that lasts, since nobody can tell whose scope it is.
+"""
 
 scope_is_open = False
 _open_scopes = 0
+
+
+SUSPENDED = (
+    "a scope of use_backend or bind that compiled code opened is still open outside that code: a graph break, a function "
+    "that is not compiled, or a suspended generator lies inside it. Open the scope around the compiled code, or pass backend="
+)
+
+_traces = count(1)
+
+
+def _trace() -> int:
+    """A number for what Dynamo is tracing just now."""
+    context: Any = torch._guards.TracingContext.get()
+    if not hasattr(context, "attn_trace"):
+        context.attn_trace = next(_traces)
+    number: int = context.attn_trace
+    return number
+
+
+_trace._dynamo_marked_constant = True  # type: ignore[attr-defined] # as below
+
+
+def _consistent_in_force() -> Choice | None:
+    choice = in_force()
+    return consistent_choice(choice) if checkpointing() else choice
 
 
 class _ChoiceInForce:
     """What compiled code asks for the choice."""
 
     def names(self) -> Choice | None:
-        return in_force()
+        choice = _consistent_in_force()
+        note_used(choice)
+        return choice
 
 
 def _guarded_choice() -> Any:
@@ -318,7 +366,7 @@ def _guarded_choice() -> Any:
 
         kind = type("ChoiceInForce", (_ChoiceInForce, OpaqueBase), {"__module__": __name__})
         register_opaque_type(
-            kind, typ="reference", guard_fn=lambda _: [in_force()], members={"names": MemberType.USE_REAL}
+            kind, typ="reference", guard_fn=lambda _: [_consistent_in_force()], members={"names": MemberType.USE_REAL}
         )
     except (ImportError, TypeError):  # a torch without them, or with an earlier form of them
         return None
@@ -338,7 +386,10 @@ def _count_open(step: int) -> None:
 def traced_choice() -> Choice | None:
     """The choice in force, as code that is being traced may read it."""
     if traced_scopes:
-        return traced_scopes[-1]
+        names, trace = traced_scopes[-1]
+        if trace != _trace():
+            raise BackendNotUsable(SUSPENDED)
+        return names
     if guarded_choice is not None:
         return guarded_choice.names()  # type: ignore[no-any-return]
     if scope_is_open:

@@ -6,6 +6,7 @@ compile again at each new kind of call. What was decided is guarded by the facts
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,11 @@ def traced_attention(query: Any, key: Any, value: Any, *, backend: Any, **option
     autocast = reading.autocast_dtype(query.device.type)
     if autocast is not None:
         query, key, value, attn_mask = (reading.cast(item, autocast) for item in (query, key, value, attn_mask))
+    window = options["window_size"]
+    if isinstance(window, (tuple, list)):  # an int that varies would be symbolic
+        options["window_size"] = tuple(
+            constant(side + 1) - 1 if isinstance(side, int) and side >= -1 else side for side in window
+        )
     checked = reading.checked_options(options)
     passed = reading.passed_options(checked, attn_mask, constant(query.shape[3]))
     choice = selection.traced_choice() if backend is None else selection.normalized(backend)
@@ -63,6 +69,10 @@ def _run(name: str, graph: str, query: Any, key: Any, value: Any, passed: dict[s
         return with_backward(adapter, query, key, value, **passed)
     result = adapter.forward(query, key, value, **passed)
     return (result[0], result[1].detach()) if passed.get("return_lse") else result
+
+
+def _plain(side: Any) -> Any:
+    return constant(side + 1) - 1 if isinstance(side, int) and side >= -1 else side
 
 
 def constant(size: Any) -> int:
@@ -100,13 +110,17 @@ def _resolve(
             softcap=softcap,
             dropout=dropout,
             backward=backward,
+            vmap=torch._C._are_functorch_transforms_active(),
+            forward_mode=torch.autograd.forward_ad._current_level >= 0,
             compiled=True,
         )
         admitted = admit(choice, facts, "backend=, a scope, the process or the environment")
     except AttnError as error:
         kind = type(error).__name__
         return ("refused", kind if kind in _ERRORS else "AttnError", str(error))
-    name = admitted.row.name
+    name = re.sub(
+        r"\W", "_", f"{admitted.row.distribution}__{admitted.row.name}"
+    )  # two wheels may have one of that name
     setattr(adapters, name, admitted.adapter)
     graph = "core" if backward and not admitted.own_graph else "own"
     return ("run", name, graph)

@@ -15,6 +15,7 @@ from transformers.masking_utils import (
 )
 
 from attn_core import CallRefused, Packed, attention
+from attn_core.masks import packed_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,10 +111,15 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask: Any = attention_mask
     window = None
+    packed = None
+    if cu_seq_lens_q is not None:
+        packed = Packed(cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k)
     if mask is not None:
         causal = False
-    elif cu_seq_lens_q is not None:
-        mask = Packed(cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k)
+        if packed is not None:  # the mask may know of the sequences or not
+            mask = _inside_sequences(mask, packed, query.shape[2], key.shape[2])
+    else:
+        mask = packed
     if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
         window = _causal_window(sliding_window, causal=causal)
     out = attention(
@@ -129,6 +135,11 @@ def attention_forward(
         backend=backend,
     )
     return out, None
+
+
+def _inside_sequences(mask: torch.Tensor, packed: Packed, query_length: int, key_length: int) -> torch.Tensor:
+    inside = packed_mask(packed, query_length, key_length)[None, None]
+    return mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, float("-inf"))
 
 
 def _causal_window(sliding_window: int, *, causal: bool) -> tuple[int, int]:
