@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from attn_core.errors import AttnError, CallRefused
 from attn_core.masks import Description
@@ -102,14 +101,16 @@ class _WithBackward(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Any, _: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            msg = "backward: a gradient of the gradient (create_graph=True) is not supported by this backend; "
-            msg += "another one may have it: see attn explain"
+            msg = (
+                "backward: a gradient of the gradient (create_graph=True) is not supported where the core makes the graph; "
+                "use a backend whose own graph has it"
+            )
             raise CallRefused(msg)
-        query, key, value, out, lse, *_ = ctx.saved_tensors
-        grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
+        query, key, value, out, lse, *_mask = ctx.saved_tensors
+        with torch.no_grad():
+            grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
         return (*grads, None, None)
 
 
