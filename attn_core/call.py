@@ -310,6 +310,18 @@ class Plan(Protocol):
         """Compute. ``attn_mask=`` replaces the mask of the plan by another of the same kind."""
 
 
+def _planned(run: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Run with these options and no others; the commonest kinds of call without the cost of unpacking them."""
+    if options.keys() == {"scale"}:
+        scale = options["scale"]
+        return lambda query, key, value: run(query, key, value, scale=scale)
+    if "attn_mask" not in options:
+        return lambda query, key, value: run(query, key, value, **options)
+    others = {name: option for name, option in options.items() if name != "attn_mask"}
+    mask = options["attn_mask"]
+    return lambda query, key, value, *, attn_mask=mask: run(query, key, value, attn_mask=attn_mask, **others)
+
+
 def plan(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -352,10 +364,7 @@ def plan(
     }  # fmt: skip
     admitted, call = resolve(query, key, value, options, backend)
     run = runner(admitted.row.name, admitted.adapter, call, own_graph=admitted.own_graph)
-    planned: Any = partial(run, **call.options)
-    if call.options.keys() == {"scale"}:  # the commonest kind of call, at half the cost of a partial
-        scale = call.options["scale"]
-        planned = lambda query, key, value: run(query, key, value, scale=scale)  # noqa: E731
+    planned: Any = _planned(run, call.options)
     planned.backend, planned.facts = (
         admitted.row.name,
         call.facts,

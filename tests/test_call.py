@@ -298,6 +298,11 @@ def test_a_plan_is_the_call_and_takes_another_mask():
     found = planned(Q, Q, Q, attn_mask=other)
     torch.testing.assert_close(found, attention(Q, Q, Q, attn_mask=other, scale=0.3, backend="native_math"))
     assert planned.facts.mask == "bool"
+    for other_option in ({"causal": True}, {"scale": 1.0}):
+        with pytest.raises(TypeError):
+            planned(Q, Q, Q, **other_option)
+        with pytest.raises(TypeError):
+            plan(Q, Q, Q, causal=True)(Q, Q, Q, **other_option)
     assert planned.backend == "native_math"
 
 
