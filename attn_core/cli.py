@@ -23,6 +23,10 @@ COMMANDS = {  # the name, its module, and what it does; a module is imported whe
         "attn_core.commands.explain",
         "say for each backend whether it would run a call with these shapes and options, and every reason why not",
     ),
+    "check": (
+        "attn_core.commands.check",
+        "hold backends to what they declare, on this machine: the conformance kit",
+    ),
 }
 
 REFUSED = 2

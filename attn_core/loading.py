@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -13,7 +14,7 @@ from attn_core.errors import BackendNotUsable
 from attn_core.guard import Raised, attempt, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from attn_core.declaration import BackendSpec, Constraints
 
@@ -82,6 +83,22 @@ def load(spec: BackendSpec) -> Adapter:
         raise BackendNotUsable(msg) from adapter.error
     _loaded[id(spec)] = (spec, adapter.value)
     return adapter.value
+
+
+@contextmanager
+def replaced(spec: BackendSpec, adapter: Adapter) -> Iterator[None]:
+    """Let a backend have other functions than its own, as to see whether they are called.
+
+    What was admitted before has to be forgotten beside this, since it keeps the functions that it was admitted with.
+    """
+    before = _loaded.get(id(spec))
+    _loaded[id(spec)] = (spec, adapter)
+    try:
+        yield
+    finally:
+        del _loaded[id(spec)]
+        if before is not None:
+            _loaded[id(spec)] = before
 
 
 def cause(error: BackendNotUsable) -> str:

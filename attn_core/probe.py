@@ -75,7 +75,7 @@ def probe(row: Row) -> Row:
 
 
 def _trials(spec: BackendSpec) -> Iterator[Trial]:
-    for device in _devices():
+    for device in devices():
         for alternative in spec.alternatives:
             head_dim, value_head_dim = _head_dims(alternative)
             yield Trial(
@@ -92,8 +92,8 @@ def _trials(spec: BackendSpec) -> Iterator[Trial]:
             )
 
 
-def _devices() -> list[torch.device]:
-    """Return the kinds of device that this machine has, the fastest first."""
+def devices() -> list[torch.device]:
+    """The kinds of device that this machine has, the fastest first."""
     accelerator = getattr(torch, "accelerator", None)
     names = [str(accelerator.current_accelerator())] if accelerator is not None and accelerator.is_available() else []
     if not names:

@@ -44,6 +44,7 @@ __all__ = [
     "known_rows",
     "knows",
     "list_backends",
+    "meant",
     "probe",
     "refresh",
     "rows",
@@ -119,13 +120,23 @@ def find(name: str) -> Row:
         >>> find("attn-native:native").name
         'native'
     """
+    row = meant(name)
+    if row.status != AVAILABLE:
+        raise BackendNotUsable(_unavailable(name, row))
+    return row
+
+
+def meant(name: str) -> Row:
+    """Find the backend that a name means, usable or not.
+
+    Raises:
+        BackendNotUsable: nobody or several have that name.
+    """
     found = _meant_by(name)
     if not found:
         raise BackendNotUsable(_unknown(name))
     if len(found) > 1:
         raise BackendNotUsable(_claimed(name, found))
-    if found[0].status != AVAILABLE:
-        raise BackendNotUsable(_unavailable(name, found[0]))
     return found[0]
 
 

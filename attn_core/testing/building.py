@@ -156,6 +156,10 @@ def _visible(case: Case, shape: tuple[int, ...], random: torch.Generator) -> tor
         return torch.ones(shape, dtype=torch.bool)
     if case.mask_hides == "everything":
         return torch.zeros(shape, dtype=torch.bool)
+    if case.mask_hides in ("left", "right"):
+        hidden = torch.randint(1, max(shape[-1], 2), (*shape[:-1], 1), generator=random)
+        place = torch.arange(shape[-1])
+        return place >= hidden if case.mask_hides == "left" else place < shape[-1] - hidden
     visible = torch.rand(shape, generator=random) < 0.7
     if case.mask_hides in ("rows", "far"):
         visible = visible & (torch.rand((*shape[:-1], 1), generator=random) < 0.6)

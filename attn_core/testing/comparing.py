@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attn_core.errors import AttnError
+from attn_core.running import KernelError
 from attn_core.testing.reference import reference
-from attn_core.testing.tolerances import assert_close, bounds, rounding
+from attn_core.testing.tolerances import assert_close, assert_near, bounds, rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
     from attn_core.testing.drawing import Case
 
 
-def compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
+def compare(case: Case, call: Callable[..., Any], *, error: float | None = None) -> AttnError | None:
     """Make the call and compare everything that comes back with the reference.
 
     Args:
         case: the call.
         call: takes what ``attention`` takes, such as ``partial(attention, backend="native")``.
+        error: of an approximate backend, the relative error (Frobenius norm) that it is held to on top of rounding.
 
     Returns:
         None where the call is right, the refusal where it was refused.
@@ -33,14 +36,16 @@ def compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
             call raises passes through.
     """
     with torch.inference_mode() if case.mode == "inference" else nullcontext():
-        return _compare(case, call)
+        return _compare(case, call, error)
 
 
-def _compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
+def _compare(case: Case, call: Callable[..., Any], error: float | None) -> AttnError | None:
     built = case.build()
     before = {name: _bits(tensor) for name, tensor in built.inputs().items()}
     try:
         result = _call(case, built, call)
+    except KernelError as lie:
+        raise AssertionError(str(lie)) from lie
     except AttnError as refusal:
         expect("a refusal says why", holds=bool(str(refusal).strip()))
         return refusal
@@ -48,7 +53,7 @@ def _compare(case: Case, call: Callable[..., Any]) -> AttnError | None:
     out, lse = result if case.return_lse else (result, None)
     _check_results(case, built, out, lse)
     found = _gradients(case, built, out)
-    _check_numbers(case, built, out, lse, found)
+    _check_numbers(case, built, out, lse, found, error)
     if case.deterministic:
         _check_same_bits(case, built, call, out, found)
     for name, tensor in built.inputs().items():
@@ -135,7 +140,12 @@ def _gradients(case: Case, built: Built, out: torch.Tensor) -> dict[str, torch.T
 
 
 def _check_numbers(
-    case: Case, built: Built, out: torch.Tensor, lse: torch.Tensor | None, found: dict[str, torch.Tensor]
+    case: Case,
+    built: Built,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    found: dict[str, torch.Tensor],
+    error: float | None,
 ) -> None:
     dtype = effective(case)
     inputs = {name: _given(tensor, case).requires_grad_(name in found) for name, tensor in built.inputs().items()}
@@ -146,16 +156,17 @@ def _check_numbers(
     expected, expected_lse = reference(*tensors, **options)
     grad_out = built.grad_out.to(out.dtype) if found else None
     allowed = bounds(*tensors, grad_out=grad_out, dtype=dtype, **options)
-    assert_close(out, expected, dtype, "result", bound=allowed.out)
+    close = partial(assert_close, dtype=dtype) if error is None else partial(assert_near, error=error)
+    close(out, expected, what="result", bound=allowed.out)
     if lse is not None:
-        assert_close(lse, expected_lse, dtype, "lse", bound=allowed.lse)
+        close(lse, expected_lse, what="lse", bound=allowed.lse)
     if found:
         wanted = torch.autograd.grad(expected, [inputs[name] for name in found], built.grad_out.to(out.dtype).double())
         for name, gradient in zip(found, wanted, strict=True):
             given = built.inputs()[name].dtype
             expect(f"dtype of the gradient of {name}: {found[name].dtype}", holds=found[name].dtype == given)
             bound = getattr(allowed, name) + rounding(gradient, given)
-            assert_close(found[name], gradient, dtype, f"gradient of {name}", bound=bound)
+            close(found[name], gradient, what=f"gradient of {name}", bound=bound)
 
 
 def _given(tensor: torch.Tensor, case: Case) -> torch.Tensor:

@@ -258,6 +258,41 @@ def assert_close(
         raise AssertionError(_worst(what, dtype, found, expected, allowed, wrong))
 
 
+def assert_near(found: torch.Tensor, expected: torch.Tensor, *, what: str, bound: torch.Tensor, error: float) -> None:
+    """Raise an AssertionError where an approximate backend's result is further from ``expected`` than it declares.
+
+    Its error, as a whole (Frobenius norm), is at most ``error`` times the size of ``expected``, plus rounding. A
+    log-sum-exp is held to ``error`` for each of its elements: a relative error of the sum is an absolute one of its log.
+    Infinities, and zeros of queries that see nothing, have to be where they are expected.
+
+    Args:
+        found: of the kernel.
+        expected: of the reference, the same shape.
+        what: what is compared, for the message; "lse" for the log-sum-exp.
+        bound: the honest rounding error of each element.
+        error: the declared relative error.
+
+    Example:
+        >>> import torch
+        >>> assert_near(torch.full((4,), 1.01), torch.ones(4), what="result", bound=torch.zeros(4), error=0.02)
+    """
+    found, expected = found.detach().double(), expected.detach().double().to(found.device)
+    finite = expected.isfinite()
+    if not torch.equal(found.isfinite(), finite) or not torch.equal(found[~finite], expected[~finite]):
+        msg = f"{what}: NaN or infinities are not where they are expected"
+        raise AssertionError(msg)
+    found, expected, bound = found[finite], expected[finite], bound.to(found.device).expand(finite.shape)[finite]
+    off, allowed = (found - expected).norm(), error * expected.norm() + bound.norm()
+    if what == "lse":
+        excess = (found - expected).abs() - bound
+        off, allowed = excess.max() if excess.numel() else off, torch.tensor(error)
+    if not bool(off <= allowed):
+        msg = (
+            f"{what}: off by {float(off):.3g} (Frobenius norm), allowed {float(allowed):.3g}, which declares {error:g}"
+        )
+        raise AssertionError(msg)
+
+
 def _worst(
     what: str,
     dtype: torch.dtype,

@@ -1,0 +1,136 @@
+"""Dropout: of the probabilities, rescaled, drawn once for forward and backward, anew for each call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core.testing.checking import check, declared, differentiable
+from attn_core.testing.comparing import expect
+from attn_core.testing.outcomes import CheckFailed, NotChecked
+from attn_core.testing.reference import reference
+from attn_core.testing.tolerances import bounds
+from attn_core.testing.trying import tried, within
+
+if TYPE_CHECKING:
+    from attn_core.testing.building import Built
+    from attn_core.testing.drawing import Case
+    from attn_core.testing.subject import Subject
+
+PROBABILITIES = (0.25, 0.5, 0.9)
+DEVIATIONS = 6
+"""How many standard deviations a count may be off: beyond that lies one honest draw of 500 million."""
+
+
+@check("dropout", when=declared("dropout"))
+def dropout(subject: Subject) -> str:
+    """Kept probabilities are scaled by 1/(1 - dropout_p), and as many are kept as that says."""
+    return _look_at_draws(subject, gradients=())
+
+
+@check("dropout-backward", when=lambda spec: declared("dropout")(spec) and differentiable(spec))
+def dropout_backward(subject: Subject) -> str:
+    """The backward uses the forward's draw."""
+    return _look_at_draws(subject, gradients=("query", "key", "value"))
+
+
+@check("dropout-draws", when=declared("dropout"))
+def dropout_draws(subject: Subject) -> str:
+    """Each call draws anew from torch's generator, and the same seed gives the same draw."""
+    case = _cases(subject, ())[0]
+    built = case.build()
+
+    def call() -> torch.Tensor:
+        found = tried(subject, built, dropout_p=0.5)
+        if found is None:
+            msg = f"it refuses dropout when run, in {case!r}"
+            raise CheckFailed(msg)
+        return found[0]
+
+    torch.manual_seed(subject.seed)
+    first, second = call(), call()
+    expect("two calls drop the same: each has to draw anew", holds=not torch.equal(first, second))
+    torch.manual_seed(subject.seed)
+    expect("torch.manual_seed does not decide what is dropped", holds=torch.equal(first, call()))
+    return "3 calls"
+
+
+def _cases(subject: Subject, gradients: tuple[str, ...]) -> list[Case]:
+    """Calls of as many keys as the values have dimensions."""
+    dims = [item["dim"] for item in subject.factors["dims"] if item["value_dim"] is None and item["dim"] >= 8]
+    if not dims:
+        msg = "dropout is looked at through unit vectors, for which it declares no common head dim of 8 and up"
+        raise NotChecked(msg)
+    size = min(dims)
+    each: list[dict[str, Any]] = [
+        {
+            "dim": size,
+            "value_dim": None,
+            "queries": queries,
+            "keys": size,
+            "gradients": gradients,
+            "layouts": ("contiguous",) * 3,
+        }
+        for queries in (size, 33, 5)
+    ]
+    varied = ("mask", "causal", "scale", "heads", "batch", "dtype", "return_lse")
+    cases = subject.draw(9, *varied, each=each, where=lambda case: _has_dropout(subject, case) and case.dim == size)
+    return list(subject.require(cases, "dropout"))
+
+
+def _has_dropout(subject: Subject, case: Case) -> bool:
+    from dataclasses import replace
+
+    return not subject.spec.reasons(replace(subject.facts(case), dropout=True))
+
+
+def _look_at_draws(subject: Subject, *, gradients: tuple[str, ...]) -> str:
+    """With unit vectors for values, the result is the dropped probabilities themselves."""
+    torch.manual_seed(subject.seed)
+    kept = expected = variance = 0.0
+    cases = [case for case in _cases(subject, gradients) if case.gradients == gradients]
+    calls = 0
+    for case in cases:
+        for dropout_p in PROBABILITIES:
+            built = case.build()
+            with torch.no_grad():
+                unit = torch.eye(built.value.shape[3], device=built.value.device)[None, :, None]
+                built.value.copy_(unit.expand(built.value.shape))
+            found = tried(subject, built, dropout_p=dropout_p)
+            if found is None:
+                continue
+            calls += 1
+            sure, draws = _held(subject, case, built, dropout_p, found)
+            kept, expected = kept + draws, expected + sure * (1 - dropout_p)
+            variance += sure * dropout_p * (1 - dropout_p)
+    if calls == 0:
+        msg = "it declares dropout and refuses each call with it when run"
+        raise CheckFailed(msg)
+    share = f"{kept:.0f} probabilities are kept where {expected:.0f} are expected"
+    expect(share, holds=abs(kept - expected) <= DEVIATIONS * variance**0.5)
+    return f"{calls} calls, {share}"
+
+
+def _held(
+    subject: Subject, case: Case, built: Built, dropout_p: float, found: tuple[torch.Tensor, ...]
+) -> tuple[int, int]:
+    """Compare with the reference given the draw; how many probabilities tell kept from dropped, and how many were kept."""
+    options = {name: option for name, option in built.options.items() if name not in ("return_lse", "deterministic")}
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (built.query, built.key, built.value)]
+    plain, plain_lse = reference(*leaves, **options)
+    kept = found[0].detach().double().transpose(1, 2) != 0
+    sure = plain.detach().transpose(1, 2) > 1e-3  # far enough from underflow for "not 0" to mean "kept"
+    expected, _ = reference(*leaves, **options, dropout_p=dropout_p, kept=kept)
+    grad_out = built.grad_out if case.gradients else None
+    allowed = bounds(*leaves, grad_out=grad_out, dtype=built.query.dtype, **options, dropout_p=dropout_p, kept=kept)
+    within(found[0], expected, allowed.out, subject, f"result with dropout_p={dropout_p}", case)
+    if len(found) > 1:
+        within(found[1], plain_lse, allowed.lse, subject, "lse, which is that without dropout,", case)
+    inputs = {"query": built.query, "key": built.key, "value": built.value}
+    if case.gradients:
+        gradients = torch.autograd.grad(found[0], list(inputs.values()), built.grad_out)
+        exact = torch.autograd.grad(expected, leaves, built.grad_out.double())
+        for name, gradient, wanted in zip(inputs, gradients, exact, strict=True):
+            within(gradient, wanted, getattr(allowed, name), subject, f"gradient of {name} with the same draw", case)
+    return int(sure.sum()), int(kept[sure].sum())

@@ -1,0 +1,67 @@
+"""Each kind of mask hides what it says, and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attn_core.facts import MASKS
+from attn_core.testing.checking import check
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from attn_core.declaration import BackendSpec
+    from attn_core.testing.subject import Subject
+
+_LENGTHS = tuple(
+    {"queries": queries, "keys": keys} for queries, keys in ((16, None), (5, 17), (33, 5), (1, 70), (130, None))
+)
+_ONCE: tuple[dict[str, Any], ...] = tuple(
+    {"mask_once": tuple(once == "1" for once in pattern), "mask_layout": layout}
+    for pattern, layout in (
+        ("0000", "contiguous"), ("1100", "contiguous"), ("0100", "sliced"), ("1110", "contiguous"), ("0010", "transposed"),
+        ("1001", "contiguous"), ("0000", "transposed"), ("0100", "expanded"), ("1111", "contiguous"), ("0000", "last strided"),
+    )
+)  # fmt: skip
+_DENSE = tuple({**once, "mask_hides": hides} for once in _ONCE for hides in ("some", "rows"))
+FORMS: dict[str, tuple[dict[str, Any], ...]] = {
+    "key_padding": tuple({"mask_hides": hides, "batch": 3} for hides in ("left", "right", "some", "nothing", "everything")),
+    "packed": ({"batch": 1},),
+    "bool": (*_DENSE, {"mask_hides": "everything"}, {"mask_hides": "nothing"}),
+    "float": (*_DENSE, {"mask_hides": "far"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"}),
+}  # fmt: skip
+"""For each kind of mask, what it may be like."""
+
+
+def declared_masks(spec: BackendSpec) -> Iterable[str]:
+    """The kinds of mask that some alternative declares."""
+    return [kind for kind in MASKS if kind in FORMS and any(item.mask_abilities[kind] for item in spec.alternatives)]
+
+
+@check("masks", each=declared_masks)
+def masks(subject: Subject, kind: str) -> str:
+    """A mask of this kind, in every form, alone and with causal and a window."""
+    each = [{"mask": kind, **form, **lengths} for form in FORMS[kind] for lengths in _LENGTHS]
+    each = subject.random(kind).sample(each, len(each))
+    count = 3 * len(FORMS[kind]) + 5
+    varied = ("causal", "window_size", "heads", "return_lse", "gradients", "dtype")
+    cases = subject.draw(count, *varied, each=each[: max(count, 12)], where=lambda case: case.mask == kind)
+    return subject.hold(subject.require(cases, f"masks: {kind}"))
+
+
+@check("sees-nothing")
+def sees_nothing(subject: Subject) -> str:
+    """A query that sees nothing has result 0, lse -inf and gradients 0, never NaN."""
+    each: list[dict[str, Any]] = [
+        {"mask": kind, "mask_hides": hides, **lengths}
+        for kind in ("bool", "float", "key_padding")
+        for hides in ("rows", "everything")
+        for lengths in _LENGTHS[:4]
+    ]
+    each += [{"causal": True, "queries": 33, "keys": 5}, {"causal": True, "queries": 70, "keys": 1}]
+    each += [{"window_size": (2, 0), "queries": 33, "keys": 5}, {"window_size": (0, 1), "queries": 5, "keys": 40}]
+    each += [{"mask": "packed", "queries": 33, "keys": 5}, {"mask": "packed", "causal": True, "queries": 40, "keys": 9}]
+    admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))]
+    if not admitted:
+        return "nothing that it admits leaves a query without keys"
+    return subject.hold(subject.draw(2 * len(admitted), "return_lse", "gradients", "heads", "dtype", each=admitted))

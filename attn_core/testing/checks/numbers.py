@@ -1,0 +1,93 @@
+"""Large and tiny numbers, long sums, NaN and infinity."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core.testing.checking import check
+from attn_core.testing.outcomes import CheckFailed
+from attn_core.testing.reference import reference
+from attn_core.testing.trying import made, reference_of, tried, within
+
+if TYPE_CHECKING:
+    from attn_core.testing.building import Built
+    from attn_core.testing.subject import Subject
+
+KEYS = 4500
+
+
+@check("magnitudes")
+def magnitudes(subject: Subject) -> str:
+    """Scores of thousands do not overflow, and numbers near 0 are not lost."""
+    each = [{"amplitude": size, "scale": None} for size in (30.0, 1e-3, 10.0, 1e-4)]
+    each += [{"amplitude": 4.0, "scale": 5.0}, {"amplitude": 1.0, "scale": -20.0}]
+    return subject.hold(subject.draw(14, "dtype", "mask", "causal", "return_lse", "gradients", each=each))
+
+
+@check("accumulation")
+def accumulation(subject: Subject) -> str:
+    """Sums over thousands of keys of one sign keep the accuracy of float32."""
+    each: list[dict[str, Any]] = [
+        {"queries": 3, "keys": KEYS, "batch": 1},
+        {"queries": KEYS, "keys": None, "batch": 1, "causal": True},
+    ]
+    admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))][:1]
+    cases = subject.draw(3, "dtype", "return_lse", each=admitted or [{"queries": 64}])
+    for case in cases:
+        built = made(case)
+        built.query.mul_(0.05)
+        built.value.abs_().add_(1.0)
+        found = tried(subject, built)
+        if found is None:
+            continue
+        expected, allowed = reference_of(built, case)
+        for name, result in zip(("out", "lse"), found, strict=False):
+            within(result, expected[name], allowed[name], subject, name, case)
+    return f"{len(cases)} calls of {max(case.queries if case.keys is None else case.keys for case in cases)} keys"
+
+
+@check("nan-and-inf")
+def nan_and_inf(subject: Subject) -> str:
+    """NaN and infinity in what a query sees come through; they are never hidden."""
+    bads = (("value", torch.nan), ("value", torch.inf), ("value", -torch.inf), ("key", torch.nan), ("query", torch.nan))
+    each = [{"layouts": ("contiguous",) * 3}]
+    cases = subject.draw(10, "mask", "causal", "window_size", "lengths", "heads", "dtype", each=each)
+    tries = 0
+    for case in cases:
+        for name, bad in bads:
+            built = made(case)
+            row = getattr(built, name).shape[1] // 2
+            getattr(built, name)[0, row, 0, 0] = bad
+            found = tried(subject, built)
+            if found is None:
+                continue
+            tries += 1
+            hit = _what_sees(built, case.heads, name, row, found[0])
+            if bool(hit.isfinite().any()):
+                msg = f"{bad} in {name} row {row} gives finite results where it is seen, in {case!r}"
+                raise CheckFailed(msg)
+    return f"{tries} calls"
+
+
+def _what_sees(built: Built, heads: tuple[int, int], name: str, row: int, out: torch.Tensor) -> torch.Tensor:
+    """The results into which a bad number at ``[0, row, 0, 0]`` has to come."""
+    sees, group = visible_keys(built)[0], heads[0] // heads[1]
+    if name == "query":
+        return out[0, row, :1][sees[:1, row].any(-1)]
+    if name == "key":
+        return out[0, :, :group][sees[:group, :, row].T]
+    return out[0, :, :group, 0][sees[:group, :, row].T]
+
+
+def visible_keys(built: Built) -> torch.Tensor:
+    """Which keys each query sees, as the reference has it: bool (B, Hq, Sq, Skv)."""
+    keys = built.key.shape[1]
+    unit = torch.eye(keys, device=built.key.device)[None, :, None].expand(
+        built.key.shape[0], -1, built.key.shape[2], -1
+    )
+    options = {name: option for name, option in built.options.items() if name not in ("deterministic", "return_lse")}
+    zeros = torch.zeros_like(built.query), torch.zeros_like(built.key)
+    out, _ = reference(*zeros, unit, **{**options, "scale": 0})
+    return out.transpose(1, 2) > 0

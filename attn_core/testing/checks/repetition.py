@@ -1,0 +1,157 @@
+"""Nothing is carried from one call into another: caches, threads."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from threading import Barrier, Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core.guard import Raised, attempt
+from attn_core.masks import Description
+from attn_core.probe import devices
+from attn_core.testing.checking import check
+from attn_core.testing.outcomes import CheckFailed
+from attn_core.testing.subject import Subject
+from attn_core.testing.trying import made, reference_of, tried, within
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from attn_core.testing.building import Built
+    from attn_core.testing.drawing import Case
+
+THREADS = 6
+ROUNDS = 6
+
+
+@check("changed-calls")
+def changed_calls(subject: Subject) -> str:
+    """Calls of equal shapes and other numbers, dtypes, masks, scales or options, one after another, each get their own result."""
+    shape = {"queries": 24, "keys": None, "batch": 2, "heads": (2, 2)}
+    varied = ("dtype", "mask", "scale", "causal", "window_size", "softcap", "return_lse", "gradients")
+    drawn = subject.draw(18, *varied, each=[{**shape, "mask_hides": "some"}, {**shape, "mask_hides": "right"}])
+    again = [case for case in drawn[: len(drawn) // 2] for case in (case, replace(case, seed=case.seed + 1))]
+    return subject.hold([*drawn, *again, *drawn])
+
+
+@check("changed-in-place")
+def changed_in_place(subject: Subject) -> str:
+    """Tensors and masks that were changed in place since the last call are read as they are now."""
+    cases = subject.draw(12, "mask", "causal", "dtype", "return_lse", each=[{"queries": 20, "keys": None}])
+    cases = [case for case in cases if "expanded" not in str((case.layouts, case.mask_layout))]
+    for case in cases:
+        built = made(case)
+        other = _alike(built, case)
+        if other is None or tried(subject, built) is None:
+            continue
+        with torch.no_grad():
+            for name, tensor in built.inputs().items():
+                tensor.copy_(other.inputs()[name])
+        _compare(subject, case, built, f"{case.mask} mask changed in place")
+    return f"{len(cases)} calls"
+
+
+def _alike(built: Built, case: Case) -> Built | None:
+    """Another call of the same sizes, those of documents included."""
+    for seed in range(case.seed + 1, case.seed + 20):
+        other = made(case, seed=seed)
+        if all(tensor.shape == other.inputs()[name].shape for name, tensor in built.inputs().items()):
+            return other
+    return None
+
+
+def _compare(subject: Subject, case: Case, built: Built, what: str) -> None:
+    found = tried(subject, built)
+    if found is None:
+        return
+    expected, allowed = reference_of(built, case)
+    for name, result in zip(("out", "lse"), found, strict=False):
+        within(result, expected[name], allowed[name], subject, f"{name}, {what},", case)
+
+
+@check("devices", when=lambda spec: len({name for item in spec.alternatives for name in item.platforms or ()}) > 1)
+def other_devices(subject: Subject) -> str:
+    """The same call on one device and then on another."""
+    others = [Subject(subject.row, place, subject.seed, quick=True) for place in devices() if place != subject.device]
+    others = [other for other in others if other.alternatives]
+    cases = subject.draw(3, "causal", "mask")
+    tries = 0
+    for case in cases:
+        for place in (subject, *others, subject):
+            moved = replace(case, device=str(place.device))
+            if place.admits(moved):
+                place.hold_one(moved)
+                tries += 1
+    return f"{tries} calls on {1 + len(others)} device{'s' * bool(others)}"
+
+
+@check("threads")
+def threads(subject: Subject) -> str:
+    """Several threads call at once, each with tensors and options of its own."""
+    varied = ("dtype", "mask", "scale", "causal", "heads", "return_lse")
+    cases = subject.draw(THREADS, *varied, each=[{"queries": length, "keys": None} for length in range(40, 52)])[
+        :THREADS
+    ]
+    work = [(case, made(case)) for case in cases]
+    prepared = [(case, built, *reference_of(built, case)) for case, built in work]
+    for _, built in work:
+        tried(subject, built)  # what compiles at the first call has done so
+    barrier = Barrier(len(prepared))
+
+    def run(case: Case, built: Built, expected: Any, allowed: Any) -> None:
+        barrier.wait(timeout=60)
+        for _ in range(ROUNDS):
+            found = tried(subject, built)
+            for name, result in zip(("out", "lse"), found or (), strict=False):
+                within(result, expected[name], allowed[name], subject, f"{name}, with other threads calling,", case)
+
+    raised = _in_threads([partial(run, *item) for item in prepared])
+    if raised:
+        raise CheckFailed(str(raised[0].error)) from raised[0].error
+    return f"{len(prepared)} threads, {ROUNDS} calls each"
+
+
+def _in_threads(work: list[Any]) -> list[Raised]:
+    """Run each in a thread of its own, changing threads as often as Python can; what they raised."""
+    raised: list[Raised] = []
+
+    def guarded(item: Any) -> None:
+        outcome = attempt(item)
+        if isinstance(outcome, Raised):
+            raised.append(outcome)
+
+    started = [Thread(target=guarded, args=(item,)) for item in work]
+    with _changing_often():
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+    return raised
+
+
+@contextmanager
+def _changing_often() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+@check("copied-masks")
+def copied_masks(subject: Subject) -> str:
+    """Two described masks of equal shape, used in turn, are not taken for one another."""
+    cases = subject.draw(6, "causal", "dtype", each=[{"mask": kind} for kind in ("key_padding", "packed")])
+    cases = [case for case in cases if case.mask in ("key_padding", "packed")]
+    for case in cases:
+        first, second = made(case), made(case, seed=case.seed + 3)
+        for built in (first, second, first):
+            if isinstance(built.options.get("attn_mask"), Description):
+                _compare(subject, case, built, "two masks in turn")
+    return f"{3 * len(cases)} calls" if cases else "it declares no described mask"

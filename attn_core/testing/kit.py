@@ -1,0 +1,150 @@
+"""Runs the checks of backends, and gives what came out as data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from attn_core import registry
+from attn_core.errors import AttnError
+from attn_core.guard import Raised, attempt, plain
+from attn_core.known import first_wheel
+from attn_core.testing.checking import Check, checks_of
+from attn_core.testing.outcomes import CheckFailed, NotChecked, snippet
+from attn_core.testing.subject import Subject, subject
+
+if TYPE_CHECKING:
+    from attn_core.declaration import BackendSpec
+
+PASSED = "passed"
+FAILED = "failed"
+EXCUSED = "excused"
+WARNED = "warned"
+NOT_CHECKED = "not checked"
+
+Excuses = Mapping[str, str]
+"""For a check's identifier, why its failure is known and accepted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one check of one backend came to.
+
+    Attributes:
+        backend: its name.
+        check: the check's identifier.
+        status: "passed", "failed", "excused" (it fails, and why is known), "warned" (it fails a check that is new in this
+            release) or "not checked".
+        detail: what was tried, what is wrong, or why it can't be tried.
+        snippet: code that shows the failure, where a call does.
+        seconds: how long it took.
+    """
+
+    backend: str
+    check: str
+    status: str
+    detail: str = ""
+    snippet: str = ""
+    seconds: float = 0.0
+
+
+def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> Outcome:
+    """Run one check; what it raises becomes its outcome."""
+    start = time.perf_counter()
+    outcome = attempt(partial(check, tested))
+    seconds = time.perf_counter() - start
+    told = partial(Outcome, backend=tested.row.name, check=check.identifier, seconds=seconds)
+    reason = (excuses or {}).get(check.identifier)
+    if not isinstance(outcome, Raised):
+        if reason is None:
+            return told(status=PASSED, detail=outcome.value or "")
+        return told(status=FAILED, detail=f"the excuse is no longer needed, the check passes; remove it: {reason}")
+    if isinstance(outcome.error, NotChecked):
+        return told(status=NOT_CHECKED, detail=str(outcome.error))
+    detail = str(outcome.error) if isinstance(outcome.error, AssertionError) else f"raises {outcome}"
+    if reason is not None:
+        return told(status=EXCUSED, detail=f"{reason} ({plain(detail)})")
+    case = outcome.error.case if isinstance(outcome.error, CheckFailed) else None
+    code = "" if case is None else snippet(case, tested.row.qualified_name)
+    return told(status=WARNED if check.definition.new else FAILED, detail=detail, snippet=code)
+
+
+def check_backend(
+    name: str,
+    *,
+    device: str | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    excuses: Excuses | None = None,
+    only: Callable[[str], bool] | None = None,
+) -> Iterator[Outcome]:
+    """Hold a backend to everything that it declares; outcomes come as they are had.
+
+    Args:
+        name: a name, an alias or ``distribution:name``.
+        device: such as "cuda"; the fastest of this machine that it declares where not given.
+        seed: where all choices come from.
+        quick: fewer calls.
+        excuses: ``{check: reason}``, strict: an unknown check, or an excuse that is no longer needed, fails.
+        only: which identifiers to run.
+
+    Raises:
+        BackendNotUsable: nobody has that name, or several.
+
+    Example:
+        >>> {outcome.status for outcome in check_backend("native_math", quick=True, only="causal".__eq__)}
+        {'passed'}
+    """
+    row = registry.meant(name)
+    excuses = excuses or {}
+    if row.spec is not None:
+        yield from unknown_excuses(row.name, row.spec, excuses)
+    try:
+        tested = subject(name, device=device, seed=seed, quick=quick)
+    except NotChecked as why:
+        yield Outcome(backend=row.name, check="", status=NOT_CHECKED, detail=str(why))
+        return
+    loads = attempt(lambda: tested.adapter)
+    for check in checks_of(tested.spec):
+        if only is not None and not only(check.identifier):
+            continue
+        if isinstance(loads, Raised) and check.identifier != "loads":
+            yield Outcome(backend=row.name, check=check.identifier, status=NOT_CHECKED, detail="it does not load")
+            continue
+        yield run_check(check, tested, excuses)
+
+
+def unknown_excuses(name: str, spec: BackendSpec, excuses: Excuses) -> list[Outcome]:
+    """A failure for each excuse that is for no check of this declaration."""
+    known = {check.identifier for check in checks_of(spec)}
+    return [
+        Outcome(backend=name, check=identifier, status=FAILED, detail=f"an excuse for no check that there is: {reason}")
+        for identifier, reason in excuses.items()
+        if identifier not in known
+    ]
+
+
+def checkable(names: Iterable[str]) -> list[str]:
+    """These names; where there are none, every installed backend that declares something.
+
+    Raises:
+        AttnError: a name that nobody has.
+    """
+    given = list(names)
+    for name in given:
+        registry.meant(name)
+    if given:
+        return given
+    found = [row.qualified_name for row in registry.rows() if row.spec is not None and row.status != registry.DISABLED]
+    if not found:
+        msg = f"no backend is installed. Next: pip install {first_wheel()}"
+        raise AttnError(msg)
+    return found
+
+
+def as_data(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """As plain data, for JSON."""
+    return [vars(outcome) for outcome in outcomes]

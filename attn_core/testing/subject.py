@@ -1,0 +1,425 @@
+"""The backend under test: where it is tried, what it admits there, and the calls that are drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import combinations
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core import loading, registry
+from attn_core.admission import refusals
+from attn_core.call import attention
+from attn_core.errors import AttnError, CallRefused
+from attn_core.guard import Raised, attempt
+from attn_core.probe import devices
+from attn_core.reading import device_facts
+from attn_core.requirements import library_reason
+from attn_core.testing.comparing import compare
+from attn_core.testing.covering import cover
+from attn_core.testing.drawing import Case
+from attn_core.testing.facing import facts_of
+from attn_core.testing.outcomes import CheckFailed, NotChecked
+from attn_core.testing.shrinking import shrink
+
+if TYPE_CHECKING:
+    from attn_core.declaration import BackendSpec, Constraints, HeadDims
+    from attn_core.facts import Facts
+    from attn_core.record import Row
+
+Fragment = Mapping[str, Any]
+"""Some fields of a ``Case``."""
+
+PREFERRED = ("float32", "bfloat16", "float16", "float64")
+_HEAD_DIMS = (64, 16, 128, 80, 8, 1, 3, 40, 96, 192, 256)
+_ATTEMPTS = 2000
+
+
+def _lengths(queries: int, keys: int | None = None) -> Fragment:
+    return {"queries": queries, "keys": keys}
+
+
+def _windows(*windows: tuple[int, int] | None) -> tuple[Fragment, ...]:
+    return tuple({"window_size": window} for window in windows)
+
+
+_ALL = ("query", "key", "value")
+FACTORS: Mapping[str, tuple[Fragment, ...]] = {
+    "lengths": (
+        _lengths(16), _lengths(33), _lengths(64), _lengths(130), _lengths(1), _lengths(5, 17), _lengths(1, 70),
+        _lengths(33, 5), _lengths(70, 1), _lengths(7, 130),
+    ),
+    "batch": ({"batch": 2}, {"batch": 1}, {"batch": 3}),
+    "heads": ({"heads": (2, 2)}, {"heads": (4, 2)}, {"heads": (6, 2)}, {"heads": (4, 1)}, {"heads": (3, 3)}),
+    "mask": (
+        {"mask": "none"}, {"mask": "key_padding"}, {"mask": "key_padding", "mask_hides": "left"},
+        {"mask": "packed", "batch": 1}, {"mask": "bool"}, {"mask": "bool", "mask_once": (False, True, False, False)},
+        {"mask": "bool", "mask_once": (True, True, True, False), "mask_hides": "rows"},
+        {"mask": "bool", "mask_hides": "rows", "mask_layout": "transposed"}, {"mask": "float"},
+        {"mask": "float", "mask_once": (True, False, False, False)}, {"mask": "float", "mask_dtype": "float32"},
+        {"mask": "float", "mask_once": (False, True, True, False), "mask_hides": "rows", "mask_layout": "expanded"},
+    ),
+    "causal": ({"causal": False}, {"causal": True}),
+    "window_size": _windows(None, (3, 0), (2, 1), (-1, 2), (5, -1), (0, 0), (40, 40)),
+    "scale": tuple({"scale": scale} for scale in (None, 0.3, 2, 0, -0.5)),
+    "softcap": ({"softcap": None}, {"softcap": 2.0}, {"softcap": 30}),
+    "return_lse": ({"return_lse": False}, {"return_lse": True}),
+    "gradients": tuple(
+        {"gradients": names} for names in ((), _ALL, ("query",), ("key",), ("value",), (*_ALL, "attn_mask"), ("attn_mask",))
+    ),
+    "grad_layout": tuple({"grad_layout": layout} for layout in ("contiguous", "expanded", "transposed", "last strided")),
+    "deterministic": ({"deterministic": False}, {"deterministic": True}),
+    "layouts": tuple(
+        {"layouts": (layout,) * 3}
+        for layout in ("contiguous", "transposed", "sliced", "last strided", "expanded batch", "expanded keys", "offset")
+    ),
+    "autocast": ({"autocast": None}, {"autocast": "bfloat16"}, {"autocast": "float16"}),
+    "mode": ({"mode": "grad"}, {"mode": "no_grad"}, {"mode": "inference"}),
+    "amplitude": ({"amplitude": 1.0}, {"amplitude": 4.0}, {"amplitude": 1e-3}),
+}  # fmt: skip
+"""What a call is made of, beside dtype and head dims, which come from the declaration; the plainest value first."""
+
+
+@dataclass(frozen=True)
+class Combinations:
+    """A covering set of calls, and how much it covers."""
+
+    cases: tuple[Case, ...]
+    strength: int
+    values: int
+    covered: int
+    refused: int
+
+    def __str__(self) -> str:
+        what = "single values" if self.strength == 1 else "pairs of values"
+        refused = f"; {self.refused} are refused by the declaration" if self.refused else ""
+        return f"{len(self.cases)} calls that cover {self.covered} {what} of {self.values} values{refused}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One backend on one device.
+
+    Attributes:
+        row: its row in the list, available.
+        device: where it is tried.
+        seed: where all choices come from.
+        quick: whether to draw few calls.
+    """
+
+    row: Row
+    device: torch.device
+    seed: int = 0
+    quick: bool = False
+
+    @property
+    def spec(self) -> BackendSpec:
+        """The declaration."""
+        return self.row.spec  # type: ignore[return-value]
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """``attention`` on this backend."""
+        return partial(attention, backend=self.row.qualified_name)
+
+    @property
+    def error(self) -> float | None:
+        """The relative error that an approximate backend is held to; None for an exact one."""
+        return getattr(self.spec.numerics, "error", None)
+
+    def random(self, purpose: str) -> Random:
+        """Choices for one purpose, the same ones for the same seed."""
+        return Random(f"{self.seed} {self.row.name} {purpose}")  # noqa: S311 (no secret)
+
+    @cached_property
+    def adapter(self) -> loading.Adapter:
+        """Its loaded functions."""
+        return loading.load(self.spec)
+
+    # --- what it admits --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def alternatives(self) -> tuple[Constraints, ...]:
+        """The alternatives of its declaration that are for this device and for what is installed."""
+        place = device_facts(self.device)
+        return tuple(item for item in self.spec.alternatives if _is_for(item, place))
+
+    def declares(self, ability: str) -> bool:
+        """Whether an alternative for this device declares an ability."""
+        return any(getattr(item, ability) for item in self.alternatives)
+
+    def facts(self, case: Case) -> Facts:
+        """The facts of a case."""
+        return facts_of(case, **self._place)
+
+    def admits(self, case: Case) -> bool:
+        """Whether the declaration admits the call."""
+        return not refusals(self.spec, self.facts(case))
+
+    @cached_property
+    def _place(self) -> dict[str, Any]:
+        return device_facts(self.device)
+
+    # --- what is drawn for it ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def factors(self) -> Mapping[str, tuple[Fragment, ...]]:
+        """The values of each factor of which a call that is plain otherwise is admitted; the plainest first."""
+        every = {"dtype": self._dtypes(), "dims": self._dims(), **FACTORS}
+        base = self._base(every)
+        return {
+            name: (base[name], *(item for item in values if item != base[name] and self._fits(every, base, name, item)))
+            for name, values in every.items()
+        }
+
+    def _dtypes(self) -> tuple[Fragment, ...]:
+        declared = {name for item in self.alternatives for name in item.dtypes or ()}
+        return tuple({"dtype": name} for name in PREFERRED if name in declared)
+
+    def _dims(self) -> tuple[Fragment, ...]:
+        pairs = [pair for item in self.alternatives for pair in representative_head_dims(item.head_dims)]
+        dims = [dim for dim, value_dim in pairs if dim == value_dim]
+        if self.declares("value_head_dim"):
+            pairs += [(dims[0], dims[-1]), (dims[-1], dims[0])] if len(dims) > 1 else []
+        return tuple(
+            {"dim": dim, "value_dim": None if value_dim == dim else value_dim}
+            for dim, value_dim in dict.fromkeys(pairs)
+        )
+
+    def _base(self, every: Mapping[str, Sequence[Fragment]]) -> dict[str, Fragment]:
+        """The plainest call that is admitted: the first values, or as few others as will do."""
+        if not every["dtype"]:
+            declared = sorted({name for item in self.alternatives for name in item.dtypes or ()})
+            msg = f"it declares the dtypes {', '.join(declared)}; this kit draws {', '.join(PREFERRED)}"
+            raise NotChecked(msg)
+        first = {name: values[0] for name, values in every.items()}
+        for changes in self._changes(every):
+            base = {**first, **changes}
+            if self.admits(self.case(*base.values())):
+                return base
+        reasons = refusals(self.spec, self.facts(self.case(*first.values())))
+        msg = f"its declaration admits none of the calls that were drawn for it; the plainest is refused: {'; '.join(reasons)}"
+        raise CheckFailed(msg)
+
+    def _changes(self, every: Mapping[str, Sequence[Fragment]]) -> Iterator[dict[str, Fragment]]:
+        single = [(name, value) for name, values in every.items() for value in values[1:]]
+        yield {}
+        yield from ({name: value} for name, value in single)
+        yield from ({**dict([one]), **dict([other])} for one, other in combinations(single, 2))
+        random = self.random("base")
+        for _ in range(_ATTEMPTS):
+            yield {name: random.choice(values) for name, values in every.items()}
+
+    def _fits(
+        self, every: Mapping[str, Sequence[Fragment]], base: dict[str, Fragment], name: str, value: Fragment
+    ) -> bool:
+        """Whether a value is admitted in a plain call, or in a plain one but for one other value."""
+        if self.admits(self.case(*{**base, name: value}.values())):
+            return True
+        others = [(other, item) for other, values in every.items() if other != name for item in values[1:]]
+        return any(self.admits(self.case(*{**base, name: value, other: item}.values())) for other, item in others)
+
+    def case(self, *fragments: Fragment, **fields: Any) -> Case:
+        """Make a case on this device of these fields; a packed one has a batch of one."""
+        given: dict[str, Any] = {"device": str(self.device)}
+        for fragment in fragments:
+            given.update(fragment)
+        given.update(fields)
+        if given.get("mask") == "packed":
+            given["batch"] = 1
+        if given.get("mask") != "float":
+            given["gradients"] = tuple(name for name in given.get("gradients", ()) if name != "attn_mask")
+        return Case(**given)
+
+    @property
+    def plain(self) -> Case:
+        """The plainest call that it admits."""
+        return self.case(*(values[0] for values in self.factors.values()))
+
+    def draw(
+        self,
+        count: int,
+        *varied: str,
+        each: Sequence[Fragment] = ({},),
+        where: Callable[[Case], bool] | None = None,
+    ) -> list[Case]:
+        """Draw calls that it admits.
+
+        Args:
+            count: how many at least, and one for each of ``each``; fewer where the run is quick or each kind of call compiles.
+            varied: factors that take any of their values; all others stay plain.
+            each: fields of ``Case``, each used in turn.
+            where: what the calls must be like beside.
+
+        Returns:
+            Different cases; none where none is admitted.
+        """
+        random = self.random(f"{varied} {each}")
+        found: dict[Case, None] = {}
+        wanted = self._thinned(count, len(each))
+        if wanted < len(each):
+            each = random.sample(list(each), len(each))
+        for turn in range(8 * max(wanted, len(each))):
+            chosen = {name: random.choice(self.factors[name]) for name in varied}
+            for fragments in ((*chosen.values(),), ()):
+                case = self.case(self.plain_fragment, *fragments, each[turn % len(each)], seed=turn)
+                if self.admits(case) and (where is None or where(case)):
+                    found[case] = None
+                    break
+            if len(found) >= wanted:
+                break
+        return list(found)
+
+    def _thinned(self, count: int, at_least: int) -> int:
+        if self.spec.first_call_compiles:
+            return 1 if self.quick else 2
+        return max(count // 5, 3) if self.quick else max(count, at_least)
+
+    @cached_property
+    def plain_fragment(self) -> Fragment:
+        """The fields of the plainest call."""
+        merged: dict[str, Any] = {}
+        for values in self.factors.values():
+            merged.update(values[0])
+        return merged
+
+    @cached_property
+    def combinations(self) -> Combinations:
+        """Few calls in which all pairs of values meet; all single values, in a quick run or where each kind compiles."""
+        factors = self.factors
+        strength = 1 if self.quick or self.spec.first_call_compiles else 2
+
+        def case(row: tuple[int, ...]) -> Case:
+            chosen = (values[n] for values, n in zip(factors.values(), row, strict=True))
+            return self.case(*chosen, seed=sum(row))
+
+        def admitted(row: tuple[int, ...]) -> bool:
+            return self.admits(case(row))
+
+        sizes = [len(values) for values in factors.values()]
+        found = cover(sizes, admitted, self.random("combinations"), strength=strength)
+        return Combinations(tuple(map(case, found.rows)), strength, sum(sizes), found.covered, len(found.refused))
+
+    def leave_out_if_quick(self) -> None:
+        """End the check at the beginning of a quick run: it takes seconds."""
+        if self.quick:
+            msg = "left out of a quick run"
+            raise NotChecked(msg)
+
+    # --- what it is held to ------------------------------------------------------------------------------------------
+
+    def hold(self, cases: Iterable[Case], call: Callable[..., Any] | None = None) -> str:
+        """Hold each of these calls to the reference, made by ``attention`` or by ``call``.
+
+        A call may be refused by the adapter itself, since lengths are not among the facts; not all of them may.
+
+        Returns:
+            How many were right, and how many refused.
+
+        Raises:
+            CheckFailed: with the smallest call that shows it.
+        """
+        right, refused = 0, []
+        for case in cases:
+            refusal = self.hold_one(case, call)
+            if refusal is None:
+                right += 1
+            else:
+                refused.append((case, refusal))
+        if refused and not right:
+            case, refusal = refused[0]
+            msg = f"it declares this and refuses each of {len(refused)} calls when run: {refusal}"
+            raise CheckFailed(msg, case)
+        return f"{right} calls" + (f", {len(refused)} refused when run" if refused else "")
+
+    def hold_one(self, case: Case, call: Callable[..., Any] | None = None) -> AttnError | None:
+        """Hold one call to the reference: None where it is right, the adapter's own refusal where it refuses."""
+        found = self._compared(case, call)
+        if not isinstance(found, Raised):
+            return found
+        if call is not None:  # what shows it is more than the case
+            msg = f"{_told(found)}, in {case!r}"
+            raise CheckFailed(msg) from found.error
+        smallest = shrink(case, self._fails)
+        shown = self._compared(smallest)
+        raise CheckFailed(_told(shown if isinstance(shown, Raised) else found), smallest)
+
+    def _compared(self, case: Case, call: Callable[..., Any] | None = None) -> AttnError | Raised | None:
+        found = attempt(partial(compare, case, self.call if call is None else call, error=self.error))
+        if isinstance(found, Raised):
+            return found
+        refusal = found.value
+        return Raised(refusal) if refusal is not None and not isinstance(refusal, CallRefused) else refusal
+
+    def _fails(self, case: Case) -> bool:
+        return self.admits(case) and isinstance(self._compared(case), Raised)
+
+    def require(self, cases: Sequence[Case], what: str) -> Sequence[Case]:
+        """These calls, or a failure where none was admitted although it is declared."""
+        if not cases:
+            msg = f"it declares {what}, but admits no call with it that is plain otherwise"
+            raise CheckFailed(msg)
+        return cases
+
+
+def _told(raised: Raised) -> str:
+    return str(raised.error) if isinstance(raised.error, AssertionError) else f"raises {raised}"
+
+
+def _is_for(alternative: Constraints, place: Mapping[str, Any]) -> bool:
+    capability = place["compute_capability"]
+    if place["platform"] not in (alternative.platforms or ()):
+        return False
+    if (
+        capability is not None
+        and alternative.compute_capability is not None
+        and capability not in alternative.compute_capability
+    ):
+        return False
+    return alternative.library is None or library_reason(alternative.library) is None
+
+
+def representative_head_dims(declared: HeadDims | None) -> list[tuple[int, int]]:
+    """Some (D, Dv) of a declaration: the usual ones, the smallest and the largest, and each pair.
+
+    >>> representative_head_dims(range(8, 257, 8))[:3], representative_head_dims({(192, 128)})
+    ([(64, 64), (16, 16), (128, 128)], [(192, 128)])
+    """
+    if declared is None:
+        numbers = [*_HEAD_DIMS]
+        pairs: list[tuple[int, int]] = []
+    else:
+        given = [item for item in declared if isinstance(item, int)]
+        pairs = sorted(item for item in declared if isinstance(item, tuple))
+        numbers = [dim for dim in _HEAD_DIMS if dim in given]
+        numbers += [dim for dim in sorted({*given[:1], *given[-1:]}) if dim not in numbers]
+    return [*((dim, dim) for dim in numbers), *pairs]
+
+
+def subject(name: str, *, device: str | None = None, seed: int = 0, quick: bool = False) -> Subject:
+    """Find the backend that a name means, and a device of this machine for it.
+
+    Args:
+        name: a name, an alias or ``distribution:name``.
+        device: such as "cuda"; the first that it declares and this machine has where not given.
+        seed: where all choices come from.
+        quick: whether to draw few calls.
+
+    Raises:
+        BackendNotUsable: nobody has that name, or several.
+        NotChecked: it can't run on this machine; says why.
+    """
+    row = registry.meant(name)
+    if row.status != registry.AVAILABLE or row.spec is None:
+        raise NotChecked(str(row))
+    found = [torch.device(device)] if device is not None else devices()
+    for place in found:
+        made = Subject(row, place, seed, quick)
+        if made.alternatives:
+            return made
+    msg = f"{row.name} is not for this machine: {registry.probe(row).reason}"
+    raise NotChecked(msg)

@@ -1,0 +1,64 @@
+"""Makes a drawn call by hand, for checks that change its tensors first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_core.errors import CallRefused
+from attn_core.running import KernelError
+from attn_core.testing.outcomes import CheckFailed
+from attn_core.testing.reference import reference
+from attn_core.testing.tolerances import assert_close, assert_near, bounds
+
+if TYPE_CHECKING:
+    from attn_core.testing.building import Built
+    from attn_core.testing.drawing import Case
+    from attn_core.testing.subject import Subject
+
+
+def made(case: Case, **changes: Any) -> Built:
+    """The tensors and options of a case, or of one that differs in these fields, without need of a gradient."""
+    return replace(case, gradients=(), **changes).build()
+
+
+def tried(subject: Subject, built: Built, **options: Any) -> tuple[torch.Tensor, ...] | None:
+    """Make the call: its result, and its lse where asked; None where the adapter refuses it when run."""
+    try:
+        found = subject.call(built.query, built.key, built.value, **built.options, **options)
+    except KernelError as lie:
+        raise CheckFailed(str(lie)) from lie
+    except CallRefused:
+        return None
+    return found if isinstance(found, tuple) else (found,)
+
+
+def reference_of(built: Built, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What the reference says of a call, and how far from it an honest kernel may be: "out" and "lse" of each."""
+    options = {name: item for name, item in built.options.items() if name not in ("deterministic", "return_lse")}
+    out, lse = reference(built.query, built.key, built.value, **options)
+    allowed = bounds(built.query, built.key, built.value, dtype=getattr(torch, case.dtype), **options)
+    return {"out": out, "lse": lse}, {"out": allowed.out, "lse": allowed.lse}
+
+
+def within(
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    allowed: torch.Tensor,
+    subject: Subject,
+    what: str,
+    case: Case | None = None,
+) -> None:
+    """Fail where a result is further from the reference than the backend may be."""
+    try:
+        if subject.error is None:
+            assert_close(found, expected, found.dtype, what, bound=allowed)
+        else:
+            assert_near(
+                found, expected, what="lse" if what.startswith("lse") else what, bound=allowed, error=subject.error
+            )
+    except AssertionError as off:
+        msg = str(off) if case is None else f"{off} (after a change to {case!r})"
+        raise CheckFailed(msg) from off
