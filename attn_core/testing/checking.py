@@ -8,6 +8,8 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from attn_core.testing.outcomes import NotChecked
+
 if TYPE_CHECKING:
     from attn_core.declaration import BackendSpec
     from attn_core.testing.subject import Subject
@@ -35,6 +37,7 @@ class Definition:
         when: whether a declaration asks for it.
         each: what a declaration asks it for, one by one.
         new: whether it came with this release: then it warns where it would fail.
+        cheap: whether it makes few calls that run, so that a quick run has it even where each kind of call compiles first.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Definition:
     when: Callable[[BackendSpec], bool]
     each: Callable[[BackendSpec], Iterable[Any]] | None
     new: bool
+    cheap: bool
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Check:
             CheckFailed: the backend does not do what it declares.
             NotChecked: it can't be tried on this machine.
         """
+        if subject.quick and subject.spec.first_call_compiles and not self.definition.cheap:
+            msg = "left out of a quick run, since each kind of call compiles first"
+            raise NotChecked(msg)
         arguments = () if self.definition.each is None else (self.item,)
         return self.definition.function(subject, *arguments)
 
@@ -87,6 +94,7 @@ def check(
     when: Callable[[BackendSpec], bool] = _always,
     each: Callable[[BackendSpec], Iterable[Any]] | None = None,
     new: bool = False,
+    cheap: bool = False,
 ) -> Callable[[Function], Function]:
     """Mark a function as a check.
 
@@ -95,10 +103,11 @@ def check(
         when: whether a declaration asks for it.
         each: the items that a declaration asks it for.
         new: whether it came with this release: for one release it warns where it would fail.
+        cheap: whether it makes few calls that run.
     """
 
     def mark(function: Function) -> Function:
-        _definitions.append(Definition(name, function, when, each, new))
+        _definitions.append(Definition(name, function, when, each, new, cheap))
         return function
 
     return mark

@@ -14,6 +14,7 @@ import torch
 from attn_core import loading, registry
 from attn_core.admission import refusals
 from attn_core.call import attention
+from attn_core.declaration import Limits
 from attn_core.errors import AttnError, CallRefused
 from attn_core.guard import Raised, attempt
 from attn_core.probe import devices
@@ -148,10 +149,6 @@ class Subject:
         place = device_facts(self.device)
         return tuple(item for item in self.spec.alternatives if _is_for(item, place))
 
-    def declares(self, ability: str) -> bool:
-        """Whether an alternative for this device declares an ability."""
-        return any(getattr(item, ability) for item in self.alternatives)
-
     def facts(self, case: Case) -> Facts:
         """The facts of a case."""
         return facts_of(case, **self._place)
@@ -183,7 +180,7 @@ class Subject:
     def _dims(self) -> tuple[Fragment, ...]:
         pairs = [pair for item in self.alternatives for pair in representative_head_dims(item.head_dims)]
         dims = [dim for dim, value_dim in pairs if dim == value_dim]
-        if self.declares("value_head_dim"):
+        if any(item.value_head_dim for item in self.alternatives):
             pairs += [(dims[0], dims[-1]), (dims[-1], dims[0])] if len(dims) > 1 else []
         return tuple(
             {"dim": dim, "value_dim": None if value_dim == dim else value_dim}
@@ -276,7 +273,7 @@ class Subject:
 
     def _thinned(self, count: int, at_least: int) -> int:
         if self.spec.first_call_compiles:
-            return 1 if self.quick else 2
+            return 1
         return max(count // 5, 3) if self.quick else max(count, at_least)
 
     @cached_property
@@ -358,12 +355,24 @@ class Subject:
     def _fails(self, case: Case) -> bool:
         return self.admits(case) and isinstance(self._compared(case), Raised)
 
-    def require(self, cases: Sequence[Case], what: str) -> Sequence[Case]:
-        """These calls, or a failure where none was admitted although it is declared."""
-        if not cases:
-            msg = f"it declares {what}, but admits no call with it that is plain otherwise"
-            raise CheckFailed(msg)
-        return cases
+    def require(self, cases: Sequence[Case], ability: str) -> Sequence[Case]:
+        """These calls, or a failure where none was admitted although the ability is declared for this device."""
+        if cases:
+            return cases
+        if not any(said_of(item, ability) for item in self.alternatives):
+            msg = f"{ability} is not declared for {self.device}"
+            raise NotChecked(msg)
+        msg = f"it declares {ability}, but admits no call with it that is plain otherwise"
+        raise CheckFailed(msg)
+
+
+def said_of(alternative: Constraints, ability: str) -> Any:
+    """What an alternative says of an ability such as "softcap", or of a kind of mask such as "masks: bool"."""
+    kind = ability.removeprefix("masks: ")
+    if kind != ability:
+        return alternative.mask_abilities[kind]
+    said = getattr(alternative, ability)
+    return True if isinstance(said, Limits) else said
 
 
 def _told(raised: Raised) -> str:

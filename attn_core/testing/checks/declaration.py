@@ -18,7 +18,7 @@ from attn_core.testing.outcomes import CheckFailed
 from attn_core.testing.subject import PREFERRED, representative_head_dims
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from random import Random
 
     from attn_core.declaration import BackendSpec, Rule
@@ -42,7 +42,7 @@ print(json.dumps([rows, sorted(set(sys.modules) - before)]))
 """
 
 
-@check("declaration-imports")
+@check("declaration-imports", cheap=True)
 def declaration_imports(subject: Subject) -> str:
     """Declaring imports neither torch nor a library, so that listing is quick and never breaks."""
     distribution = str(subject.row.distribution)
@@ -73,14 +73,14 @@ def _own_packages(subject: Subject) -> set[str]:
     return found | {module for module in sys.modules if module.startswith("__editable__")} | {"_distutils_hack"}
 
 
-@check("loads")
+@check("loads", cheap=True)
 def loads(subject: Subject) -> str:
     """What the declaration names can be imported, and takes the options that it declares."""
     adapter = subject.adapter
     return f"{subject.spec.forward}" + (f" and {subject.spec.backward}" if adapter.backward else "")
 
 
-@check("declared-values")
+@check("declared-values", cheap=True)
 def declared_values(subject: Subject) -> str:
     """Each declared value is admitted in some drawn call; the share that rules refuse is said."""
     random = subject.random("declared values")
@@ -147,7 +147,7 @@ def _drawn_facts(alternative: Constraints, random: Random, count: int) -> Iterat
     places = list(_places(alternative))
     dtypes = [name for name in PREFERRED if name in (alternative.dtypes or ())] or sorted(alternative.dtypes or ())
     masks = [kind for kind, ability in alternative.mask_abilities.items() if ability]
-    plain: dict[str, list[Any]] = {
+    plain: dict[str, Sequence[Any]] = {
         "spoiled": [None], "autocast": [None], "batch": [2], "mode": ["grad"], "amplitude": [1.0], "scale": [None],
         "mask": masks, "dtype": dtypes if set(dtypes) <= set(PREFERRED) else ["float32"],
     }  # fmt: skip
@@ -197,7 +197,7 @@ def rules_of(spec: BackendSpec) -> list[Rule]:
     return list(found.values())
 
 
-@check("rule", each=lambda spec: [rule.text for rule in rules_of(spec)])
+@check("rule", each=lambda spec: [rule.text for rule in rules_of(spec)], cheap=True)
 def rule(subject: Subject, text: str) -> str:
     """The rule refuses some call that everything else admits."""
     random = subject.random(text)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attn_core.testing.subject import Subject
 
 PROBABILITIES = (0.25, 0.5, 0.9)
+VARIED = ("mask", "causal", "scale", "heads", "batch", "dtype", "return_lse")
 DEVIATIONS = 6
 """How many standard deviations a count may be off: beyond that lies one honest draw of 500 million."""
 
@@ -38,7 +39,7 @@ def dropout_backward(subject: Subject) -> str:
 @check("dropout-draws", when=declared("dropout"))
 def dropout_draws(subject: Subject) -> str:
     """Each call draws anew from torch's generator, and the same seed gives the same draw."""
-    case = _cases(subject, ())[0]
+    case = _cases(subject, (), varied=())[0]
     built = case.build()
 
     def call() -> torch.Tensor:
@@ -56,7 +57,7 @@ def dropout_draws(subject: Subject) -> str:
     return "3 calls"
 
 
-def _cases(subject: Subject, gradients: tuple[str, ...]) -> list[Case]:
+def _cases(subject: Subject, gradients: tuple[str, ...], varied: tuple[str, ...] = VARIED) -> list[Case]:
     """Calls of as many keys as the values have dimensions."""
     dims = [item["dim"] for item in subject.factors["dims"] if item["value_dim"] is None and item["dim"] >= 8]
     if not dims:
@@ -74,7 +75,6 @@ def _cases(subject: Subject, gradients: tuple[str, ...]) -> list[Case]:
         }
         for queries in (size, 33, 5)
     ]
-    varied = ("mask", "causal", "scale", "heads", "batch", "dtype", "return_lse")
     cases = subject.draw(9, *varied, each=each, where=lambda case: _has_dropout(subject, case) and case.dim == size)
     return list(subject.require(cases, "dropout"))
 

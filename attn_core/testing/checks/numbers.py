@@ -29,12 +29,10 @@ def magnitudes(subject: Subject) -> str:
 @check("accumulation")
 def accumulation(subject: Subject) -> str:
     """Sums over thousands of keys of one sign keep the accuracy of float32."""
-    each: list[dict[str, Any]] = [
-        {"queries": 3, "keys": KEYS, "batch": 1},
-        {"queries": KEYS, "keys": None, "batch": 1, "causal": True},
-    ]
+    each: list[dict[str, Any]] = [{"queries": 3, "keys": KEYS}, {"queries": KEYS, "causal": True}, {"queries": KEYS}]
     admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))][:1]
-    cases = subject.draw(3, "dtype", "return_lse", each=admitted or [{"queries": 64}])
+    shape = {"batch": 1, "heads": (1, 1)}
+    cases = subject.draw(3, "dtype", "return_lse", each=[{**shape, **item} for item in admitted])
     for case in cases:
         built = made(case)
         built.query.mul_(0.05)

@@ -17,6 +17,7 @@ from attn_core.guard import Raised, attempt
 from attn_core.testing.checking import check
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.spoiling import SPOIL
+from attn_core.testing.subject import said_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,14 +46,8 @@ ASKED: Mapping[str, Mapping[str, Any]] = {
 """For each ability, the fields of a call that asks for it."""
 
 
-def no_of(alternative: Constraints, ability: str) -> Any:
-    """What an alternative says of an ability: True, its No, or a Backward."""
-    kind = ability.removeprefix("masks: ")
-    return getattr(alternative, ability) if kind == ability else alternative.mask_abilities[kind]
-
-
 def _refused_abilities(spec: BackendSpec) -> Iterable[str]:
-    return [name for name in ASKED if any(isinstance(no_of(item, name), No) for item in spec.alternatives)]
+    return [name for name in ASKED if any(isinstance(said_of(item, name), No) for item in spec.alternatives)]
 
 
 class Spy:
@@ -99,10 +94,10 @@ def expect_refusal(subject: Subject, make: Callable[[], Any], reasons: Iterable[
     return f"refused: {next(iter(reasons))}"
 
 
-@check("refused", each=_refused_abilities)
+@check("refused", each=_refused_abilities, cheap=True)
 def refused(subject: Subject, ability: str) -> str:
     """What is declared as No is refused with that reason, and the kernel does not run."""
-    found = [no_of(item, ability) for item in subject.alternatives]
+    found = [said_of(item, ability) for item in subject.alternatives]
     reasons = [no.reason for no in found if isinstance(no, No)]
     if len(reasons) < len(found):
         msg = f"{ability} is declared for {subject.device}, by another alternative"
@@ -138,7 +133,7 @@ def _ask(subject: Subject, case: Case, ability: str) -> Any:
     return subject.call(*tensors, **options)
 
 
-@check("refused-dtypes")
+@check("refused-dtypes", cheap=True)
 def refused_dtypes(subject: Subject) -> str:
     """Dtypes that are not declared are refused, with those that are."""
     declared = {name for item in subject.alternatives for name in item.dtypes or ()}
@@ -149,7 +144,7 @@ def refused_dtypes(subject: Subject) -> str:
     return f"{', '.join(others)} refused" if others else "every dtype is declared"
 
 
-@check("refused-head-dims", when=lambda spec: any(item.head_dims is not None for item in spec.alternatives))
+@check("refused-head-dims", when=lambda spec: any(item.head_dims is not None for item in spec.alternatives), cheap=True)
 def refused_head_dims(subject: Subject) -> str:
     """Head dims that are not declared are refused, with those that are."""
     tried = []
@@ -166,7 +161,7 @@ def _admits_dim(alternative: Constraints, dim: int) -> bool:
     return alternative.head_dims is None or dim in alternative.head_dims or (dim, dim) in alternative.head_dims
 
 
-@check("refused-compile", when=lambda spec: isinstance(spec.compile, No))
+@check("refused-compile", when=lambda spec: isinstance(spec.compile, No), cheap=True)
 def refused_compile(subject: Subject) -> str:
     """A backend that does not trace is refused in compiled code, and the kernel does not run there."""
     reason = str(subject.spec.compile)
@@ -186,7 +181,7 @@ def refused_compile(subject: Subject) -> str:
     return f"refused: {reason}"
 
 
-@check("senseless")
+@check("senseless", cheap=True)
 def senseless(subject: Subject) -> str:
     """Calls that make no sense (shapes, dtypes, options) are refused before the kernel runs."""
     for name in SPOIL:
