@@ -276,6 +276,10 @@ class Subject:
             return 1
         return max(count // 5, 3) if self.quick else max(count, at_least)
 
+    def admitted(self, each: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of these fields with which a call that is plain otherwise is admitted."""
+        return [item for item in each if self.admits(self.case(self.plain_fragment, item))]
+
     @cached_property
     def plain_fragment(self) -> Fragment:
         """The fields of the plainest call."""

@@ -61,7 +61,7 @@ def sees_nothing(subject: Subject) -> str:
     each += [{"causal": True, "queries": 33, "keys": 5}, {"causal": True, "queries": 70, "keys": 1}]
     each += [{"window_size": (2, 0), "queries": 33, "keys": 5}, {"window_size": (0, 1), "queries": 5, "keys": 40}]
     each += [{"mask": "packed", "queries": 33, "keys": 5}, {"mask": "packed", "causal": True, "queries": 40, "keys": 9}]
-    admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))]
+    admitted = subject.admitted(each)
     if not admitted:
         return "nothing that it admits leaves a query without keys"
     return subject.hold(subject.draw(2 * len(admitted), "return_lse", "gradients", "heads", "dtype", each=admitted))

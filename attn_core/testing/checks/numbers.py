@@ -30,7 +30,7 @@ def magnitudes(subject: Subject) -> str:
 def accumulation(subject: Subject) -> str:
     """Sums over thousands of keys of one sign keep the accuracy of float32."""
     each: list[dict[str, Any]] = [{"queries": 3, "keys": KEYS}, {"queries": KEYS, "causal": True}, {"queries": KEYS}]
-    admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))][:1]
+    admitted = subject.admitted(each)[:1]
     shape = {"batch": 1, "heads": (1, 1)}
     cases = subject.draw(3, "dtype", "return_lse", each=[{**shape, **item} for item in admitted])
     for case in cases:

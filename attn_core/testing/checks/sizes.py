@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attn_core.testing.checking import check
+from attn_core.testing.trying import made, reference_of, tried, within
 
 if TYPE_CHECKING:
     from attn_core.testing.subject import Subject
@@ -17,7 +18,7 @@ def lengths(subject: Subject) -> str:
     """Lengths around the multiples of 16, 64 and 128, of queries and of keys."""
     each: list[dict[str, Any]] = [{"queries": length} for length in _LENGTHS]
     each += [{"queries": length, "keys": other} for length, other in zip(_LENGTHS, _LENGTHS[::-1], strict=True)]
-    admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))]
+    admitted = subject.admitted(each)
     return subject.hold(subject.draw(len(admitted), "causal", "return_lse", "gradients", "dtype", each=admitted))
 
 
@@ -39,16 +40,36 @@ def long(subject: Subject) -> str:
         for causal in (True, False)
         for names in (("query", "key", "value"), ())
     ]
-    admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))]
+    admitted = subject.admitted(each)
     chosen: dict[object, dict[str, Any]] = {}
-    for (
-        item
-    ) in admitted:  # for each length, the richest that is admitted, without a whole square of scores more than once
-        chosen.setdefault((item["queries"], item["keys"]), item)
-    each = [item for item in chosen.values() if not (subject.quick and item["keys"] is None)]
+    for item in admitted:  # for each length one with causal and one without, with gradients where they are admitted
+        chosen.setdefault((item["queries"], item["keys"], item["causal"]), item)
+    each = [item for item in chosen.values() if item["keys"] is not None or not (subject.quick or item["causal"])]
     if not each:
         return "it admits no plain call"
     return subject.hold(subject.draw(len(each), "return_lse", each=each))
+
+
+@check("each-key")
+def each_key(subject: Subject) -> str:
+    """No key is left out: queries that look for one key each, at the ends of blocks and of the sequence, find it."""
+    each = subject.admitted({"keys": length, "queries": 12, "batch": 1} for length in (130, 700, 4500, 8300))
+    if not each:
+        each = subject.admitted({"keys": None, "queries": length, "batch": 1} for length in (130, 700))
+    cases = subject.draw(len(each), "dtype", "heads", each=each[:1] if subject.quick else each)
+    for case in cases:
+        built = made(case)
+        length = built.key.shape[1]
+        places = [0, 1, length // 2, 63, 64, 127, 128, length - 65, length - 64, length - 33, length - 2, length - 1]
+        group = case.heads[0] // case.heads[1]
+        sought = built.key[:, places].repeat_interleave(group, 2)
+        built.query[:, : len(places)] = sought * (12 / sought.float().norm(dim=-1, keepdim=True)).to(sought.dtype)
+        found = tried(subject, built)
+        if found is None:
+            continue
+        expected, allowed = reference_of(built, case)
+        within(found[0], expected["out"], allowed["out"], subject, "result", case)
+    return f"{len(cases)} calls"
 
 
 @check("batch")
@@ -67,5 +88,5 @@ def empty(subject: Subject) -> str:
         {"queries": 0, "keys": 9},
         {"queries": 9, "keys": 0},
     ]
-    admitted = [item for item in each if subject.admits(subject.case(subject.plain_fragment, item))]
+    admitted = subject.admitted(each)
     return subject.hold(subject.draw(8, "return_lse", "gradients", "heads", "causal", each=admitted or [{"batch": 0}]))

@@ -42,12 +42,17 @@ def _traced_cases(subject: Subject, count: int, *varied: str, each: Sequence[Any
 @check("compile", when=_compiles)
 def compiled(subject: Subject) -> str:
     """Traced with ``torch.compile(fullgraph=True)``, forward and backward, results stay what they are."""
-    each = [{"gradients": names, "queries": 33, "keys": None} for names in (ALL, ())]
-    cases = _traced_cases(
-        subject, 6, "mask", "causal", "window_size", "softcap", "scale", "return_lse", "dtype", each=each
-    )
+    shape = {"queries": 33, "keys": None}
+    each: list[dict[str, Any]] = [{**shape, "causal": True, "gradients": ALL}, {**shape, "return_lse": True}, shape]
+    each += [{**shape, "mask": kind, "gradients": ALL} for kind in ("key_padding", "bool", "float")]
+    each += [{**shape, "mask": "packed"}, {**shape, "window_size": (3, 0), "softcap": 5.0}, {"queries": 5, "keys": 17}]
+    each = each[:1] if subject.quick else subject.admitted(each)
+    cases = _traced_cases(subject, len(each), "scale", "dtype", "heads", each=each)
+    for case in cases:
+        torch.compiler.reset()
+        subject.hold([case], torch.compile(subject.call, fullgraph=True, dynamic=False, backend="aot_eager"))
     torch.compiler.reset()
-    return subject.hold(cases, torch.compile(subject.call, fullgraph=True, dynamic=False, backend="aot_eager"))
+    return f"{len(cases)} calls"
 
 
 @check("compile-dynamic", when=_compiles)
@@ -100,8 +105,12 @@ def exported(subject: Subject) -> str:
 @check("fake-tensors", when=_compiles)
 def fake_tensors(subject: Subject) -> str:
     """With fake tensors, shapes, dtypes and devices are those of the real results."""
-    each = [{"mask": kind} for kind in ("none", "bool", "float")]
-    cases = _traced_cases(subject, 6, "causal", "dims", "lengths", "heads", "dtype", "return_lse", each=each)
+    each: list[dict[str, Any]] = [{"mask": "none", "queries": 5, "keys": 17}, {"mask": "none", "heads": (4, 2)}]
+    each += [{"mask": "none", "causal": causal, "return_lse": True} for causal in (True, False)]
+    each += [{"mask": kind, "queries": 3, "keys": keys} for kind in ("bool", "float") for keys in (None, 7)]
+    each = subject.admitted(each)
+    cases = _traced_cases(subject, len(each), each=each)
+    cases += _traced_cases(subject, 2 * len(each), "causal", "dims", "dtype", "return_lse", each=each)
     cases = [case for case in cases if case.mask in ("none", "bool", "float")]
     for case in cases:
         built = made(case)

@@ -1,0 +1,55 @@
+"""The kit catches lies: each backend of the zoo has one planted defect, and the check that is named finds it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_core import registry
+from attn_core.testing import check_backend
+from attn_core.testing.kit import FAILED
+
+ZOO = Path(__file__).parent / "zoo"
+sys.path.insert(0, str(ZOO))
+
+import zoo_kernels  # noqa: E402 (it lies where wheels do)
+
+DECLARED = {
+    "no_that_is_admitted": "refused[softcap]",
+    "ability_that_a_rule_refuses": "softcap",
+    "rule_that_never_fires": "rule[never holds]",
+    "ability_for_nobody": "declared-values",
+}
+"""Lies of the declaration alone."""
+LIARS = {name: check for name, (check, _) in zoo_kernels.LIES.items() if check is not None} | DECLARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def zoo(tmp_path_factory):
+    """The zoo, installed as a wheel is."""
+    info = tmp_path_factory.mktemp("zoo") / "zoo-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zoo\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[attn.backends]\nzoo = zoo_declaration\n")
+    sys.path.insert(0, str(info.parent))
+    registry.refresh()
+    yield
+    sys.path.remove(str(info.parent))
+    sys.path.remove(str(ZOO))
+    registry.refresh()
+
+
+@pytest.mark.parametrize(("name", "check"), LIARS.items())
+def test_a_lie_is_caught_by_the_check_that_is_for_it(name, check):
+    (outcome,) = check_backend(f"zoo:{name}", only=check.__eq__)
+    assert outcome.status == FAILED
+    print(outcome.detail, outcome.snippet, sep="\n")
+
+
+@pytest.mark.parametrize("name", ["honest", "honest_with_dropout"])
+def test_the_honest_one_passes(name):
+    """But for the declaration of the zoo, which imports its kernels to know their names."""
+    wrong = [outcome for outcome in check_backend(f"zoo:{name}") if outcome.status == FAILED]
+    assert [outcome.check for outcome in wrong] == ["declaration-imports"]
