@@ -11,7 +11,7 @@ import torch
 from attn_core import selection
 from attn_core.admission import admit
 from attn_core.errors import BackendNotUsable
-from attn_core.masks import Description
+from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
@@ -28,24 +28,23 @@ if TYPE_CHECKING:
 KINDS_REMEMBERED = 4096
 """How many kinds of call are remembered before the memory starts over."""
 
-_NONE_DROPPED = 0.0
 _BROUGHT = ("softcap", "dropout_p", "attn_mask")
 """Options whose value is not among the facts: each call brings its own. So does scale, which is always passed."""
+_MASK_ALONE = ("attn_mask",)
+_NONE_DROPPED = 0.0
 
 # What has been admitted before: the facts of a call -> (what runs it, scale where none is given, options brought or None).
 _memory: dict[tuple[Any, ...], tuple[Callable[..., Any], float, tuple[str, ...] | None]] = {}
 
 # Bound once: a look-up through two modules on each call would cost a tenth of the whole.
 _is_traced = torch.compiler.is_dynamo_compiling
-_scopes = selection.scopes
 _environment = selection.read_environment
 _VARIABLE = selection.VARIABLE_KEY
-_graph_task = selection.graph_task
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _grad_enabled = torch._C.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
+_remembered = _memory.get
 
 
 @overload
@@ -105,7 +104,7 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
-def attention(  # noqa: C901, PLR0912 - on the way of every call, where each further function costs a twentieth of it
+def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where each further function costs a twentieth of it
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -162,50 +161,54 @@ def attention(  # noqa: C901, PLR0912 - on the way of every call, where each fur
         )  # fmt: skip
     # The rest of this function is on the way of every call and is written for speed: facts into a key, one look-up.
     try:
-        shape, key_shape, value_shape = query.shape, key.shape, value.shape
+        shape, dtype = query.shape, query.dtype
         batch, query_length, heads, head_dim = shape
-        if shape == key_shape == value_shape:
-            key_length = query_length
-            sizes: Any = batch and query_length and True
-        else:
-            key_batch, key_length, key_heads, key_dim = key_shape
-            sizes = (
-                key_heads, key_dim, batch == key_batch,
-                key_shape == value_shape or (key_shape[:3] == value_shape[:3] and value_shape[3:]),
-                query_length == key_length or (-1 if query_length < key_length else 2),
-                batch and query_length and key_length and True,
-            )  # fmt: skip
         if type(query_length) is not int:
             raise TypeError  # noqa: TRY301 - a length of a nested or an exported tensor, to be read with care
-        if backend is None:
-            if selection.traced_scopes:
-                raise BackendNotUsable(selection.SUSPENDED)
-            scopes = _scopes()
-            if scopes:
-                choice = selection.in_force() if scopes[-1].closed else scopes[-1].names
-            else:
-                choice = selection._default
-                if choice is None:
-                    choice = _environment(_VARIABLE)
-            if selection.varied and (_graph_task() != -1 or _top_hooks(True) is not None):
-                choice = selection.consistent_choice(selection.in_force())
-        else:
-            choice = cast("Choice", backend)
-        mask = None if attn_mask is None else _mask_key(attn_mask, query, key, batch, heads, query_length, key_length)
+        key_shape, value_shape = key.shape, value.shape
+        sizes: Any = heads
+        if key_shape != shape or value_shape != shape or not batch or not query_length:
+            sizes = _sizes_key(shape, key_shape, value_shape)
+        dtypes: Any = dtype
+        if key.dtype is not dtype or value.dtype is not dtype:  # autocast may make them one
+            dtypes = (dtype, key.dtype, value.dtype)
+        device: Any = "cpu"  # a device costs more to read, to hash and to compare
+        if not (query.is_cpu and key.is_cpu and value.is_cpu):
+            device = query.device
+            if key.device != device or value.device != device:
+                raise ValueError  # noqa: TRY301 - refused with care below
+        if backend is not None:
+            choice: Any = backend
+        elif selection.varied or selection.traced_scopes:
+            choice = _varied_choice()
+        else:  # no scope was ever open
+            choice = selection._default
+            if choice is None:
+                choice = _environment(_VARIABLE)
         if scale is not None and not (type(scale) is float and -inf < scale < inf):
             scale = scale_of(scale)
-        if softcap is not None and not (type(softcap) is float and 0.0 < softcap < inf):
-            softcap = softcap_of(softcap)
+        rarer: Any = None
         if dropout_p is not _NONE_DROPPED and not (type(dropout_p) is float and 0.0 <= dropout_p < 1.0):
             dropout_p = dropout_of(dropout_p)
+        if (
+            dropout_p
+            or window_size is not None
+            or softcap is not None
+            or deterministic is not False
+            or return_lse is not False
+        ):
+            if softcap is not None and not (type(softcap) is float and 0.0 < softcap < inf):
+                softcap = softcap_of(softcap)
+            rarer = (window_size, softcap is None, dropout_p == 0.0, deterministic, return_lse)
         kind: Any = (
-            choice, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, heads, head_dim, sizes,
+            choice, dtypes, device, sizes, head_dim, causal, rarer,
+            None if attn_mask is None else _mask_key(attn_mask, query, key, shape, key_shape[1]),
             _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-            causal, window_size, softcap is None, dropout_p == 0.0, deterministic, return_lse, mask,
-            parallel, _autocast_enabled() and autocast_dtype(query.device.type), _transforms_active(),
-            _forward_ad._current_level >= 0 and has_tangent(query, key, value, attn_mask),
+            _surroundings(query, key, value, attn_mask)
+            if _autocast_enabled() or _transforms_active() or _forward_ad._current_level >= 0
+            else None,
         )  # fmt: skip
-        found = _memory.get(kind)
+        found = _remembered(kind) if parallel is None else None
     except (
         AttributeError,
         RuntimeError,
@@ -225,6 +228,8 @@ def attention(  # noqa: C901, PLR0912 - on the way of every call, where each fur
     try:
         if brought is None:
             return run(query, key, value, scale=scale)
+        if brought is _MASK_ALONE:
+            return run(query, key, value, scale=scale, attn_mask=attn_mask)
         given = {"softcap": softcap, "dropout_p": dropout_p, "attn_mask": attn_mask}
         return run(query, key, value, scale=scale, **{name: given[name] for name in brought})
     except (RuntimeError, TypeError, ValueError):
@@ -233,13 +238,47 @@ def attention(  # noqa: C901, PLR0912 - on the way of every call, where each fur
         raise
 
 
-def _mask_key(mask: Any, query: Any, key: Any, batch: int, heads: int, query_length: int, key_length: int) -> Any:
+# --- parts of the key -------------------------------------------------------------------------------------------------
+
+
+def _sizes_key(shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size) -> Any:
+    """What is remembered of sizes that differ, or of an empty call: heads, head dims, and how the lengths relate."""
+    batch, query_length, heads, _ = shape
+    key_batch, key_length, key_heads, key_dim = key_shape
+    return (
+        heads, key_heads, key_dim, batch == key_batch,
+        key_shape == value_shape or (key_shape[:3] == value_shape[:3] and value_shape[3:]),
+        query_length == key_length or (-1 if query_length < key_length else 2),
+        batch and query_length and key_length and True,
+    )  # fmt: skip
+
+
+def _varied_choice() -> Choice | None:
+    """The choice in force where scopes have been opened or the default has changed."""
+    if selection.traced_scopes:
+        raise BackendNotUsable(selection.SUSPENDED)
+    choice: Any = selection._default
+    scopes = selection.scopes()
+    if scopes:
+        choice = selection.in_force() if scopes[-1].closed else scopes[-1].names
+    elif choice is None:
+        choice = _environment(_VARIABLE)
+    return selection.consistent_choice(selection.in_force()) if selection.checkpointing() else choice
+
+
+def _mask_key(mask: Any, query: Any, key: Any, shape: Any, key_length: int) -> Any:
     """What of a mask is remembered; its lengths are checked on each call, a mismatch leads to the careful reading."""
+    batch, query_length, heads, _ = shape
+    if type(mask) is KeyPadding:
+        keep = mask.tensors[0]
+        if keep.shape != (batch, key_length) or keep.device != query.device:
+            raise ValueError
+        return mask.kind
     if isinstance(mask, Description):
         check_mask(mask, query, key)
         return mask.kind
     mask_batch, mask_heads, mask_queries, mask_keys = mask.shape
-    if not (
+    if mask.device != query.device or not (
         (mask_batch == batch or mask_batch == 1)
         and (mask_heads == heads or mask_heads == 1)
         and (mask_queries == query_length or mask_queries == 1)
@@ -247,9 +286,17 @@ def _mask_key(mask: Any, query: Any, key: Any, batch: int, heads: int, query_len
     ):
         raise ValueError
     return (
-        mask.dtype, mask.device, mask.requires_grad and _grad_enabled(),
+        mask.dtype, mask.requires_grad and _grad_enabled(),
         mask_batch == 1, mask_heads == 1, mask_queries == 1, mask_keys == 1,
     )  # fmt: skip
+
+
+def _surroundings(query: Any, *others: Any) -> tuple[Any, ...]:
+    """Which of autocast, the transforms of ``torch.func`` and forward-mode differentiation reach a call."""
+    return autocast_dtype(query.device.type), _transforms_active(), has_tangent(query, *others)
+
+
+# --- the first call of a kind -----------------------------------------------------------------------------------------
 
 
 def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
@@ -264,7 +311,9 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
     if kind is not None:
         if len(_memory) >= KINDS_REMEMBERED:
             _memory.clear()
-        _memory[kind] = (run, default_scale(call.facts.head_dim), tuple(brought) or None)
+        names = tuple(brought) or None
+        names = _MASK_ALONE if names == _MASK_ALONE else names  # the same object, which the call compares
+        _memory[kind] = (run, default_scale(call.facts.head_dim), names)
     return result
 
 

@@ -14,7 +14,8 @@ from textwrap import dedent
 
 import torch
 
-ROUNDS, CALLS = 15, 20_000
+ROUNDS, CALLS = 600, 500
+SEED_OFF, SEED_ON, NO_GRADIENTS = "the seed, checks off", "the seed, checks on", "attention(), under no_grad"
 
 DECLARATION = """
     from attn_core.plugin import BackendSpec, Constraints, hookimpl
@@ -46,7 +47,7 @@ def install_stub() -> None:
     sys.path.insert(0, str(folder))
 
 
-def seed_over_stub(checks: bool):
+def seed_over_stub():
     """The dispatcher of diffusers over a stub, with the checks that its flash backend has."""
     from diffusers.models import attention_dispatch as seed
 
@@ -68,9 +69,15 @@ def seed_over_stub(checks: bool):
     registry._backends[name] = stub
     registry._supported_arg_names[name] = set(stub.__code__.co_varnames)
     registry._constraints[name] = [seed._check_device, seed._check_qkv_dtype_bf16_or_fp16, seed._check_shape]
-    registry._checks_enabled = checks
     registry._active_backend = name
     return seed.dispatch_attention_fn
+
+
+def check_seed(checks: bool) -> None:
+    """Switch the checks of that dispatcher on or off."""
+    from diffusers.models import attention_dispatch as seed
+
+    seed._AttentionBackendRegistry._checks_enabled = checks
 
 
 def seed_native():
@@ -82,13 +89,22 @@ def seed_native():
     return seed.dispatch_attention_fn
 
 
-def microseconds(functions: dict[str, object]) -> dict[str, float]:
-    """The smallest time per call of each, the functions taking turns."""
+def microseconds(functions, before=None) -> dict[str, float]:
+    """The smallest time per call of each, the functions taking short turns; ``before`` is called with the name at each."""
+    timers = {name: timeit.Timer(function) for name, function in functions.items()}
     best = dict.fromkeys(functions, float("inf"))
     for _ in range(ROUNDS):
-        for name, function in functions.items():
-            best[name] = min(best[name], timeit.timeit(function, number=CALLS) / CALLS * 1e6)
+        for name, timer in timers.items():
+            if before is not None:
+                before(name)
+            best[name] = min(best[name], timer.timeit(CALLS) / CALLS * 1e6)
     return best
+
+
+def before(name: str) -> None:
+    """Bring about what the name of a row says."""
+    check_seed(name == SEED_ON)
+    torch.set_grad_enabled(name != NO_GRADIENTS)
 
 
 def main() -> None:
@@ -98,33 +114,32 @@ def main() -> None:
     from attn_core import KeyPadding, attention, plan, set_backend
 
     torch.set_num_threads(1)
-    half = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(1, 8, 2, 16, dtype=torch.bfloat16) for _ in range(3))
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     keep = KeyPadding(torch.ones(1, 8, dtype=torch.bool))
     kernel, scale = stub_kernel.forward, 0.25
     set_backend("stub")
-    planned = plan(half, half, half)
+    planned, dispatch = plan(q, k, v), seed_over_stub()
     rows = microseconds(
         {
-            "adapter alone": lambda: kernel(half, half, half, scale=scale),
-            "attention()": lambda: attention(half, half, half),
-            "attention(causal=True)": lambda: attention(half, half, half, causal=True),
-            "attention(scale=..., dropout_p=0.0)": lambda: attention(half, half, half, scale=0.5, dropout_p=0.0),
-            "attention(attn_mask=bool)": lambda: attention(half, half, half, attn_mask=mask),
-            "attention(attn_mask=KeyPadding)": lambda: attention(half, half, half, attn_mask=keep),
-            "a plan()": lambda: planned(half, half, half),
-        }
+            "adapter alone": lambda: kernel(q, k, v, scale=scale),
+            SEED_OFF: lambda: dispatch(q, k, v),
+            SEED_ON: lambda: dispatch(q, k, v),
+            "attention()": lambda: attention(q, k, v),
+            "attention(), one tensor three times": lambda: attention(q, q, q),
+            NO_GRADIENTS: lambda: attention(q, k, v),
+            "attention(causal=True)": lambda: attention(q, k, v, causal=True),
+            "attention(scale=..., dropout_p=0.0)": lambda: attention(q, k, v, scale=0.5, dropout_p=0.0),
+            "attention(attn_mask=bool)": lambda: attention(q, k, v, attn_mask=mask),
+            "attention(attn_mask=KeyPadding)": lambda: attention(q, k, v, attn_mask=keep),
+            "a plan()": lambda: planned(q, k, v),
+        },
+        before,
     )
-    seed = {}
-    for checks in (False, True):
-        dispatch = seed_over_stub(checks)
-        seed[checks] = microseconds({"seed": lambda dispatch=dispatch: dispatch(half, half, half)})["seed"]
     alone = rows.pop("adapter alone")
-    off, on = seed[False] - alone, seed[True] - alone
+    off, on = rows[SEED_OFF] - alone, rows[SEED_ON] - alone
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {os.uname().machine}; microseconds per call\n")
     print("Over a stub adapter (what is added to the adapter alone)")
-    print(f"  {'the seed, checks off':<40}{off:8.2f}")
-    print(f"  {'the seed, checks on':<40}{on:8.2f}")
     for name, time in rows.items():
         added = time - alone
         print(f"  {name:<40}{added:8.2f}   {added / off:5.2f} x checks off   {added / on:5.2f} x checks on")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,43 @@ def test_tensors_that_do_not_fit_are_refused(tensors, message):
         attention(*tensors, backend="spy")
     assert "accepted:" in str(caught.value)
     assert explain(*tensors).refusal is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"causal": None}, "causal: found None"),
+        ({"causal": ((1, 0), True, True, False, False)}, "causal: found"),
+        ({"deterministic": None}, "deterministic: found None"),
+        ({"return_lse": ""}, "return_lse: found ''"),
+        ({"dropout_p": None}, "dropout_p: found None"),
+        ({"softcap": False}, "softcap: found False"),
+        ({"window_size": False}, "window_size: found False"),
+        ({"parallel": False}, "parallel: found False"),
+    ],
+)
+def test_what_is_as_false_as_a_default_is_refused_after_the_default_was_accepted(options, message):
+    attention(Q, Q, Q, backend="spy")
+    attention(Q, Q, Q, backend="spy", window_size=(1, 0))
+    with pytest.raises(CallRefused, match=re.escape(message)):
+        attention(Q, Q, Q, backend="spy", **options)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_tensor_elsewhere_is_refused_after_those_on_one_device_were_accepted(place):
+    tensors = [Q, Q, Q]
+    attention(*tensors, backend="spy")
+    tensors[place] = Q.to("meta")
+    with pytest.raises(CallRefused, match="device: query, key and value are on"):
+        attention(*tensors, backend="spy")
+
+
+def test_a_mask_elsewhere_is_refused_after_one_on_the_device_of_the_call_was_accepted():
+    mask, keep = torch.ones(2, 1, 6, 6, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool)
+    for here, elsewhere in ((mask, mask.to("meta")), (KeyPadding(keep), KeyPadding(keep.to("meta")))):
+        attention(Q, Q, Q, attn_mask=here, backend="spy")
+        with pytest.raises(CallRefused, match="attn_mask: found on meta"):
+            attention(Q, Q, Q, attn_mask=elsewhere, backend="spy")
 
 
 def test_masks_of_other_lengths_are_refused_after_right_ones_were_accepted():

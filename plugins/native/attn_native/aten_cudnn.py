@@ -9,7 +9,7 @@ import torch
 
 from attn_core.errors import CallRefused
 from attn_native import aten_corner
-from attn_native.aten_inputs import aligned, infinite_lse, needs_graph, positive_scale, query_sign, widened
+from attn_native.aten_inputs import aligned, infinite_lse, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
     from attn_native.aten_inputs import Tensors
@@ -44,18 +44,22 @@ def forward(
     Raises:
         CallRefused: cuDNN has no kernel for a single key, or a single query with dropout.
     """
-    if causal and query.shape[1] != key.shape[1]:
-        if query.shape[1] > 1:
+    _, queries, _, head_dim = query.shape  # each shape is read once: a reading costs as much as two checks
+    keys, width = key.shape[1], value.shape[3]
+    if causal and queries != keys:
+        if queries > 1:
             _check_corner(query, key)
             return aten_corner.forward((forward, backward), query, key, value, scale=scale, return_lse=return_lse)
         causal = False  # one query at the end sees every key
-    _check_lengths(query, key, dropout_p)
+    if keys == 1 or (dropout_p and queries == 1):
+        raise _too_short(queries, keys, dropout_p)
     if scale <= 0.0:
         query, scale = positive_scale(query, scale)
-    width = value.shape[3]
-    query, key, value = _prepared(query, key, value)
-    graph = needs_graph(query, key, value)
-    out, lse = _CUDNN(
+    if head_dim % 8 or width % 8:
+        query, key, value = _padded(query, key, value)
+    query, key, value = _unexpanded(query), _unexpanded(key), _unexpanded(value)
+    graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    result = _CUDNN(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -65,15 +69,15 @@ def forward(
         causal,
         False,
         scale=scale,
-    )[:2]
-    out = out.transpose(1, 2)
+    )
+    out = result[0].transpose(1, 2)
     if graph and not torch.compiler.is_dynamo_compiling():
         # torch reuses its cuDNN backward by the strides of query, key and value alone; a gradient of other strides than
         # the first one's would be read wrongly
         out.register_hook(torch.Tensor.contiguous)
-    if value.shape[3] != width:
+    if width % 8:
         out = out[..., :width]
-    return (out, lse.reshape(lse.shape[:3])) if return_lse else out
+    return (out, result[1].reshape(result[1].shape[:3])) if return_lse else out
 
 
 def backward(
@@ -100,7 +104,7 @@ def backward(
         sign = query_sign(scale)
         query, scale = positive_scale(query, scale)
     head_dim, value_head_dim = query.shape[3], value.shape[3]
-    query, key, value = _prepared(query, key, value)
+    query, key, value = (_unexpanded(item) for item in _padded(query, key, value))
     stats = infinite_lse(lse).contiguous()
     no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
     grads = _CUDNN_BACKWARD(
@@ -129,20 +133,26 @@ def backward(
     )
 
 
-def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
+def _padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
     head_dim, value_head_dim = query.shape[3], value.shape[3]
     if head_dim % 8:
         query, key = widened(query, head_dim + -head_dim % 8), widened(key, head_dim + -head_dim % 8)
     if value_head_dim % 8:
         value = widened(value, value_head_dim + -value_head_dim % 8)
-    return _unexpanded(query), _unexpanded(key), _unexpanded(value)
+    return query, key, value
 
 
 def _unexpanded(tensor: torch.Tensor) -> torch.Tensor:
     """As ``aligned``, and no dimension expanded: cuDNN takes no stride of 0."""
     batch, rows, heads, last = tensor.stride()
-    if last == 1 and batch and rows and heads and batch % 8 == 0 and rows % 8 == 0 and heads % 8 == 0:
-        return tensor if tensor.storage_offset() % 8 == 0 else tensor.clone(memory_format=torch.contiguous_format)
+    if (
+        last == 1
+        and batch
+        and rows
+        and heads
+        and not (batch % 8 or rows % 8 or heads % 8 or tensor.storage_offset() % 8)
+    ):
+        return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -157,13 +167,11 @@ def _stats_rank(device: torch.device) -> int:
     return int(_CUDNN(probe, probe, probe, None, True)[1].dim())
 
 
-def _check_lengths(query: torch.Tensor, key: torch.Tensor, dropout_p: float) -> None:
-    if key.shape[1] == 1 or (query.shape[1] == 1 and dropout_p):
-        msg = (
-            f"native_cudnn: found {query.shape[1]} queries on {key.shape[1]} keys with dropout_p={dropout_p}; cuDNN accepts "
-            "2 keys and up, and with dropout 2 queries and up. Use native or native_flash"
-        )
-        raise CallRefused(msg)
+def _too_short(queries: int, keys: int, dropout_p: float) -> CallRefused:
+    return CallRefused(
+        f"native_cudnn: found {queries} queries on {keys} keys with dropout_p={dropout_p}; cuDNN accepts "
+        "2 keys and up, and with dropout 2 queries and up. Use native or native_flash"
+    )
 
 
 def _check_corner(query: torch.Tensor, key: torch.Tensor) -> None:

@@ -53,7 +53,9 @@ def forward(
         deterministic: accepted without a backward.
         return_lse: whether the lse is returned too.
     """
-    blind = query.shape[1] - key.shape[1]
+    _, queries, heads, head_dim = query.shape  # each shape is read once: a reading costs as much as two checks
+    _, keys, key_heads, _ = key.shape
+    width, blind = value.shape[3], queries - keys
     if causal and blind > 0:
         result = forward(
             query[:, blind:],
@@ -68,8 +70,9 @@ def forward(
         return _with_blind(result, blind, return_lse=return_lse)
     if scale <= 0.0:
         query, scale = positive_scale(query, scale)
-    width = value.shape[3]
-    query, key, value = _prepared(query, key, value)
+    if heads != key_heads or head_dim % 8 or width % 8:
+        query, key, value = _widened(query, key, value)
+    query, key, value = aligned(query), aligned(key), aligned(value)
     out, lse = _EFFICIENT(
         query,
         key,
@@ -77,18 +80,18 @@ def forward(
         None if attn_mask is None else _bias(attn_mask, query, key),
         None,
         None,
-        query.shape[1],
-        key.shape[1],
+        queries,
+        keys,
         dropout_p,
-        _mask_type(query, key, causal=causal),
+        _mask_type(query, key, causal=causal) if causal else _NO_CUSTOM_MASK,
         True,  # the op's own backward needs the lse
         scale=scale,
     )[:2]
-    if value.shape[3] != width:
+    if width % 8:
         out = out[..., :width]
     if not return_lse:
         return out
-    return out, hide_blind(lse[..., : query.shape[1]], attn_mask, keys=key.shape[1], causal=causal)
+    return out, hide_blind(lse[..., :queries], attn_mask, keys=keys, causal=causal)
 
 
 def backward(
@@ -123,7 +126,7 @@ def backward(
         sign = query_sign(scale)
         query, scale = positive_scale(query, scale)
     key_heads, head_dim, value_head_dim = key.shape[2], query.shape[3], value.shape[3]
-    query, key, value = _prepared(query, key, value)
+    query, key, value = (aligned(item) for item in _widened(query, key, value))
     no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
     grads = _EFFICIENT_BACKWARD(
         aligned(widened(grad_out, value.shape[3])),
@@ -159,7 +162,7 @@ def _with_blind(result: Any, blind: int, *, return_lse: bool) -> Any:
     return pad(out, (0, 0, 0, 0, blind, 0)), pad(lse, (blind, 0), value=float("-inf"))
 
 
-def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
+def _widened(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
     heads, head_dim, value_head_dim = query.shape[2], query.shape[3], value.shape[3]
     if heads != key.shape[2]:
         key, value = repeated_heads(key, heads), repeated_heads(value, heads)
@@ -167,7 +170,7 @@ def _prepared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Te
         query, key = widened(query, head_dim + -head_dim % 8), widened(key, head_dim + -head_dim % 8)
     if value_head_dim % 8:
         value = widened(value, value_head_dim + -value_head_dim % 8)
-    return aligned(query), aligned(key), aligned(value)
+    return query, key, value
 
 
 def _mask_type(query: torch.Tensor, key: torch.Tensor, *, causal: bool) -> int:

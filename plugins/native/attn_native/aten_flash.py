@@ -49,16 +49,18 @@ def forward(
     """
     if scale <= 0.0:
         query, scale = positive_scale(query, scale)
+    _, queries, _, head_dim = query.shape  # each shape is read once: a reading costs as much as two checks
     width = value.shape[3]
-    if width % 8 or query.shape[3] != width:
+    padded = width % 8 or head_dim != width
+    if padded:
         query, key, value = _alike(query, key, value)
     query, key, value = aligned(query), aligned(key), aligned(value)
     if attn_mask is not None:
         out, lse = _packed(query, key, value, attn_mask, dropout_p, causal, window_size, scale)
     elif window_size is None:
-        out, lse = _FLASH(
-            query, key, value, None, None, query.shape[1], key.shape[1], dropout_p, causal, False, scale=scale
-        )[:2]
+        out, lse = _FLASH(query, key, value, None, None, queries, key.shape[1], dropout_p, causal, False, scale=scale)[
+            :2
+        ]
     else:
         out, lse = _FLASH(
             query,
@@ -66,7 +68,7 @@ def forward(
             value,
             None,
             None,
-            query.shape[1],
+            queries,
             key.shape[1],
             dropout_p,
             causal,
@@ -75,7 +77,7 @@ def forward(
             window_size_left=window_size[0],
             window_size_right=window_size[1],
         )[:2]
-    if value.shape[3] != width:
+    if padded and value.shape[3] != width:
         out = out[..., :width]
     return (out, _natural(lse, out)) if return_lse else out
 

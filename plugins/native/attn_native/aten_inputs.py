@@ -51,7 +51,7 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Copy what CUDA kernels cannot read 16 bytes at a time; ops do not check, and a misaligned read ends the process."""
     batch, rows, heads, last = tensor.stride()
-    if last == 1 and rows % 8 == 0 and heads % 8 == 0 and batch % 8 == 0 and tensor.storage_offset() % 8 == 0:
+    if last == 1 and not (rows % 8 or heads % 8 or batch % 8 or tensor.storage_offset() % 8):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 

@@ -75,7 +75,7 @@ def forward(
         >>> forward(q, q, v, scale=0.5, causal=True)[..., 0].flatten().tolist()
         [1.0, 2.0]
     """
-    if query.is_cuda:
+    if query.is_cuda and (query.storage_offset() % 8 or key.storage_offset() % 8 or value.storage_offset() % 8):
         query, key, value = _on_boundary(query), _on_boundary(key), _on_boundary(value)
     if (
         attn_mask is None
