@@ -89,7 +89,7 @@ def refusals(spec: BackendSpec, facts: Facts) -> list[str]:
     for alternative in spec.alternatives:
         library = requirements.library_reason(alternative.library) if alternative.library else None
         found.append([*alternative.reasons(facts), *([library] if library else [])])
-    return min(found, key=len)
+    return found[0] if len(found) == 1 else spec.closest(facts, found)
 
 
 def admitting(facts: Facts, *, besides: Row) -> list[str]:

@@ -397,6 +397,12 @@ class Constraints(Limits):
                 msg = f"Constraints: {name} is declared, but backward is No({str(self.backward)!r})"
                 raise DeclarationError(msg)
 
+    def is_for(self, platform: str, compute_capability: tuple[int, int] | None) -> bool:
+        """Whether this alternative is about devices of a platform and a compute capability (None: not known, or none)."""
+        accepted = self.compute_capability
+        fits = compute_capability is None or accepted is None or compute_capability in accepted
+        return fits and platform in (self.platforms or ())
+
     def reasons(self, facts: Facts) -> list[str]:
         """As ``Limits.reasons``, with the backward's own where a gradient may be asked for."""
         found = super().reasons(facts)
@@ -610,4 +616,10 @@ class BackendSpec:
         """Why a call with these facts is refused, from the alternative that comes closest; empty if one admits it."""
         if facts.compiled and isinstance(self.compile, No):
             return [f"torch.compile: not supported: {self.compile}"]
-        return min((item.reasons(facts) for item in self.alternatives), key=len)
+        return self.closest(facts, [item.reasons(facts) for item in self.alternatives])
+
+    def closest(self, facts: Facts, reasons: Sequence[list[str]]) -> list[str]:
+        """Of the reasons of each alternative, those of the one that comes closest: for this device first, then the fewest."""
+        place = facts.platform, facts.compute_capability
+        ranked = zip(self.alternatives, reasons, strict=True)
+        return min(ranked, key=lambda item: (not item[0].is_for(*place), len(item[1])))[1]

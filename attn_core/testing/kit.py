@@ -53,6 +53,9 @@ class Outcome:
 
 def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> Outcome:
     """Run one check; what it raises becomes its outcome."""
+    if not tested.alive():
+        detail = "an earlier check left the device unusable for this process"
+        return Outcome(backend=tested.row.name, check=check.identifier, status=NOT_CHECKED, detail=detail)
     start = time.perf_counter()
     outcome = attempt(partial(check, tested))
     seconds = time.perf_counter() - start

@@ -147,7 +147,8 @@ class Subject:
     def alternatives(self) -> tuple[Constraints, ...]:
         """The alternatives of its declaration that are for this device and for what is installed."""
         place = device_facts(self.device)
-        return tuple(item for item in self.spec.alternatives if _is_for(item, place))
+        found = (item for item in self.spec.alternatives if item.is_for(place["platform"], place["compute_capability"]))
+        return tuple(item for item in found if item.library is None or library_reason(item.library) is None)
 
     def facts(self, case: Case) -> Facts:
         """The facts of a case."""
@@ -345,9 +346,19 @@ class Subject:
         if call is not None:  # what shows it is more than the case
             msg = f"{_told(found)}, in {case!r}"
             raise CheckFailed(msg) from found.error
+        if not self.alive():
+            msg = f"{_told(found)}; the device can't be used any more in this process"
+            raise CheckFailed(msg, case)
         smallest = shrink(case, self._fails)
         shown = self._compared(smallest)
         raise CheckFailed(_told(shown if isinstance(shown, Raised) else found), smallest)
+
+    def alive(self) -> bool:
+        """Whether the device can still be used: a fault of a kernel ends it for the whole process."""
+        return self.device.type == "cpu" or not isinstance(attempt(self._touch), Raised)
+
+    def _touch(self) -> float:
+        return torch.zeros(1, device=self.device).add(1).item()
 
     def _compared(self, case: Case, call: Callable[..., Any] | None = None) -> AttnError | Raised | None:
         found = attempt(partial(compare, case, self.call if call is None else call, error=self.error))
@@ -381,19 +392,6 @@ def said_of(alternative: Constraints, ability: str) -> Any:
 
 def _told(raised: Raised) -> str:
     return str(raised.error) if isinstance(raised.error, AssertionError) else f"raises {raised}"
-
-
-def _is_for(alternative: Constraints, place: Mapping[str, Any]) -> bool:
-    capability = place["compute_capability"]
-    if place["platform"] not in (alternative.platforms or ()):
-        return False
-    if (
-        capability is not None
-        and alternative.compute_capability is not None
-        and capability not in alternative.compute_capability
-    ):
-        return False
-    return alternative.library is None or library_reason(alternative.library) is None
 
 
 def representative_head_dims(declared: HeadDims | None) -> list[tuple[int, int]]:

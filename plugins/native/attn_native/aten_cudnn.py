@@ -9,7 +9,7 @@ import torch
 
 from attn_core.errors import CallRefused
 from attn_native import aten_corner
-from attn_native.aten_inputs import aligned, infinite_lse, positive_scale, query_sign, widened
+from attn_native.aten_inputs import aligned, in_graph, infinite_lse, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
     from attn_native.aten_inputs import Tensors
@@ -57,7 +57,7 @@ def forward(
         query, scale = positive_scale(query, scale)
     if head_dim % 8 or width % 8:
         query, key, value = _padded(query, key, value)
-    query, key, value = _unexpanded(query), _unexpanded(key), _unexpanded(value)
+    query, key, value = unexpanded(query), unexpanded(key), unexpanded(value)
     graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     result = _CUDNN(
         query.transpose(1, 2),
@@ -104,7 +104,7 @@ def backward(
         sign = query_sign(scale)
         query, scale = positive_scale(query, scale)
     head_dim, value_head_dim = query.shape[3], value.shape[3]
-    query, key, value = (_unexpanded(item) for item in _padded(query, key, value))
+    query, key, value = (unexpanded(item) for item in _padded(query, key, value))
     stats = infinite_lse(lse).contiguous()
     no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
     grads = _CUDNN_BACKWARD(
@@ -142,8 +142,10 @@ def _padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tens
     return query, key, value
 
 
-def _unexpanded(tensor: torch.Tensor) -> torch.Tensor:
+def unexpanded(tensor: torch.Tensor) -> torch.Tensor:
     """As ``aligned``, and no dimension expanded: cuDNN takes no stride of 0."""
+    if torch.compiler.is_dynamo_compiling():
+        return _unexpanded_in_graph(tensor)
     batch, rows, heads, last = tensor.stride()
     if (
         last == 1
@@ -154,6 +156,9 @@ def _unexpanded(tensor: torch.Tensor) -> torch.Tensor:
     ):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+_unexpanded_in_graph = in_graph(unexpanded)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import pad
 
+from attn_core.masks import diagonal_mask
 from attn_native.aten_inputs import (
     aligned,
     infinite_lse,
@@ -56,6 +57,8 @@ def forward(
     _, queries, heads, head_dim = query.shape  # each shape is read once: a reading costs as much as two checks
     _, keys, key_heads, _ = key.shape
     width, blind = value.shape[3], queries - keys
+    if causal and isinstance(attn_mask, torch.Tensor) and attn_mask.requires_grad:
+        attn_mask, causal = _with_diagonal(attn_mask, queries, keys), False
     if causal and blind > 0:
         result = forward(
             query[:, blind:],
@@ -153,6 +156,12 @@ def backward(
         summed_heads(grads[1], key_heads)[..., :head_dim],
         summed_heads(grads[2], key_heads)[..., :value_head_dim],
     )
+
+
+def _with_diagonal(attn_mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+    """Write the diagonal into a mask: what lies behind it, the kernel skips, and leaves the mask's gradient there unwritten."""
+    visible = diagonal_mask(queries, keys, causal=True, device=attn_mask.device)
+    return attn_mask.masked_fill(~cast("torch.Tensor", visible), float("-inf"))
 
 
 def _with_blind(result: Any, blind: int, *, return_lse: bool) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -48,12 +51,29 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
+def in_graph(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make an operator of a function of one tensor, which Dynamo puts into its graph unopened.
+
+    Dynamo traces no question for a tensor's offset; what traces the operators of its graph does answer it.
+    """
+    _LIBRARY.define(f"{function.__name__}(Tensor tensor) -> Tensor")
+    _LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
+    operator: Callable[[torch.Tensor], torch.Tensor] = getattr(torch.ops.attn_native, function.__name__).default
+    return operator
+
+
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Copy what CUDA kernels cannot read 16 bytes at a time; ops do not check, and a misaligned read ends the process."""
+    if torch.compiler.is_dynamo_compiling():
+        return _aligned_in_graph(tensor)
     batch, rows, heads, last = tensor.stride()
     if last == 1 and not (rows % 8 or heads % 8 or batch % 8 or tensor.storage_offset() % 8):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+_LIBRARY = torch.library.Library("attn_native", "DEF")
+_aligned_in_graph = in_graph(aligned)
 
 
 def infinite_lse(lse: torch.Tensor) -> torch.Tensor:

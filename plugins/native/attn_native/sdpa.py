@@ -20,6 +20,7 @@ import torch
 
 from attn_core.masks import Description, visible_mask
 from attn_native import aten
+from attn_native.aten_inputs import aligned, in_graph
 from attn_native.math import blind_queries, narrowed
 from attn_native.math import forward as math_forward
 
@@ -75,8 +76,13 @@ def forward(
         >>> forward(q, q, v, scale=0.5, causal=True)[..., 0].flatten().tolist()
         [1.0, 2.0]
     """
-    if query.is_cuda and (query.storage_offset() % 8 or key.storage_offset() % 8 or value.storage_offset() % 8):
-        query, key, value = _on_boundary(query), _on_boundary(key), _on_boundary(value)
+    if query.is_cuda and (
+        torch.compiler.is_dynamo_compiling()
+        or query.storage_offset() % 8
+        or key.storage_offset() % 8
+        or value.storage_offset() % 8
+    ):
+        query, key, value = on_boundary(query), on_boundary(key), on_boundary(value)
     if (
         attn_mask is None
         and window_size is None
@@ -96,16 +102,26 @@ def forward(
     mask, blind = _mask(query, key, attn_mask, causal=causal, window_size=window_size, tell=return_lse)
     causal = causal and mask is None
     if mask is not None and query.is_cuda:
-        mask = _on_boundary(mask)
+        mask = _readable(mask, key.shape[1])
     if return_lse:
         return _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
     out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
 
 
-def _on_boundary(tensor: torch.Tensor) -> torch.Tensor:
+def on_boundary(tensor: torch.Tensor) -> torch.Tensor:
     """Copy what does not begin on 16 bytes: SDPA does not look, and its kernels' misaligned read ends the process."""
+    if torch.compiler.is_dynamo_compiling():
+        return _on_boundary_in_graph(tensor)
     return tensor if tensor.storage_offset() % 8 == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+_on_boundary_in_graph = in_graph(on_boundary)
+
+
+def _readable(mask: torch.Tensor, keys: int) -> torch.Tensor:
+    """Lay a mask out as SDPA's kernels for CUDA read it: keys side by side, and each row on 16 bytes, which nobody checks."""
+    return aligned(mask if mask.shape[3] == keys else mask.expand(-1, -1, -1, keys))
 
 
 def _enough_keys(key: torch.Tensor) -> bool:
