@@ -247,7 +247,7 @@ def _mask_key(mask: Any, query: Any, key: Any, batch: int, heads: int, query_len
     ):
         raise ValueError
     return (
-        mask.dtype, mask.device, mask.requires_grad and _grad_enabled(),
+        mask.dtype, mask.device, mask.layout, mask.requires_grad and _grad_enabled(),
         mask_batch == 1, mask_heads == 1, mask_queries == 1, mask_keys == 1,
     )  # fmt: skip
 
