@@ -405,10 +405,11 @@ def traced_choice() -> Choice | None:
             "pass backend= to the call, use set_backend, open the scope inside the compiled function, or use torch 2.11 or later"
         )
         raise BackendNotUsable(msg)
-    return _default if _default is not None else _environment_when_traced()
+    return _default if _default is not None else _environment_when_traced(_environment.get(VARIABLE_KEY))
 
 
-def _environment_when_traced() -> Choice | None:
+def _environment_when_traced(_raw: Any) -> Choice | None:
+    """Its argument is what the trace guards."""
     return environment()
 
 
