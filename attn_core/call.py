@@ -286,7 +286,7 @@ def _mask_key(mask: Any, query: Any, key: Any, shape: Any, key_length: int) -> A
     ):
         raise ValueError
     return (
-        mask.dtype, mask.requires_grad and _grad_enabled(),
+        mask.dtype, mask.layout, mask.requires_grad and _grad_enabled(),
         mask_batch == 1, mask_heads == 1, mask_queries == 1, mask_keys == 1,
     )  # fmt: skip
 

@@ -212,12 +212,16 @@ def close_scope(scope: Scope) -> None:
 
 # --- torch.utils.checkpoint -------------------------------------------------------------------------------------------
 
-_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+# Before torch 2.8 nobody can ask for them: a checkpoint's forward is not noticed, and a recomputation that may need another
+# choice than the one in force is refused in either form.
+_hooks_known = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks if _hooks_known else lambda _: None
+"""Of True: the innermost pair of saved-tensor hooks, or None."""
 
 
 def checkpointing() -> bool:
     """Whether this call is recorded by saved-tensor hooks (a checkpoint, say) or made inside a backward pass."""
-    return (_top_hooks is not None and _top_hooks(True) is not None) or graph_task() != -1
+    return top_hooks(True) is not None or graph_task() != -1
 
 
 def _checkpoint_frame() -> Any:
@@ -225,7 +229,7 @@ def _checkpoint_frame() -> Any:
 
     Its pack hook closes over the frame, which has ``recompute_fn``; true of torch 2.4 to 2.13.
     """
-    hooks = _top_hooks(True) if _top_hooks is not None else None
+    hooks = top_hooks(True)
     if hooks is None:
         return None
     return next((item for item in _closed_over(hooks[0]) if hasattr(item, "recompute_fn")), None)
@@ -254,10 +258,13 @@ def consistent_choice(choice: Choice | None) -> Choice | None:
     if _recomputes_without_note():
         return _before_varied
     seen = ", ".join(sorted(" then ".join(listed(used)) for used in _used))
+    form, step = (
+        ("a reentrant ", "Use checkpoint(..., use_reentrant=False)") if _hooks_known else ("", "Use torch 2.8 or later")
+    )
     msg = (
-        "attention was called inside a backward pass, as a reentrant torch.utils.checkpoint does to recompute, and "
+        f"attention was called inside a backward pass, as {form}torch.utils.checkpoint does to recompute, and "
         f"the forward's choice of backend is not known: this process has used {seen}. "
-        "Use checkpoint(..., use_reentrant=False), bind the module inside the checkpoint, or pass backend= to the call"
+        f"{step}, bind the module inside the checkpoint, or pass backend= to the call"
     )
     raise BackendNotUsable(msg)
 
@@ -286,7 +293,7 @@ def _recomputes_without_note() -> bool:
 
     The pack hook of a recomputation closes over a weak reference to the checkpoint's frame.
     """
-    hooks = _top_hooks(True) if _top_hooks is not None else None
+    hooks = top_hooks(True)
     hook = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks is not None else None
     for item in _closed_over(hook):
         frame = item() if isinstance(item, ReferenceType) else None
@@ -398,10 +405,11 @@ def traced_choice() -> Choice | None:
             "pass backend= to the call, use set_backend, open the scope inside the compiled function, or use torch 2.11 or later"
         )
         raise BackendNotUsable(msg)
-    return _default if _default is not None else _environment_when_traced()
+    return _default if _default is not None else _environment_when_traced(_environment.get(VARIABLE_KEY))
 
 
-def _environment_when_traced() -> Choice | None:
+def _environment_when_traced(_raw: Any) -> Choice | None:
+    """Its argument is what the trace guards."""
     return environment()
 
 

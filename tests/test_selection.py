@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from old_torch import knows_hooks
 from torch.utils.checkpoint import checkpoint
 
-from attn_core import AttnError, BackendNotUsable, attention, bind, plan, set_backend, use_backend
+from attn_core import AttnError, BackendNotUsable, attention, bind, call, plan, selection, set_backend, use_backend
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -315,6 +316,7 @@ def recorded(seen, query):
     return out.sin()
 
 
+@knows_hooks
 def test_recomputation_uses_the_scope_of_the_forward():
     seen, query = [], Q.clone().requires_grad_()
     with use_backend("alpha"):
@@ -325,6 +327,7 @@ def test_recomputation_uses_the_scope_of_the_forward():
     assert chosen() == 0
 
 
+@knows_hooks
 def test_recomputation_uses_the_process_default_of_the_forward():
     seen, query = [], Q.clone().requires_grad_()
     set_backend("alpha")
@@ -335,6 +338,7 @@ def test_recomputation_uses_the_process_default_of_the_forward():
     assert chosen() == 2
 
 
+@knows_hooks
 def test_recomputation_of_scopes_opened_inside_and_of_nested_checkpoints():
     seen, query = [], Q.clone().requires_grad_()
 
@@ -363,8 +367,24 @@ def test_recomputation_in_the_reentrant_form_is_refused_once_the_choice_could_ha
     with use_backend("alpha"):
         out = checkpoint(recorded, seen, query, use_reentrant=True)
     chosen()
-    with pytest.raises(BackendNotUsable, match="use_reentrant=False"):
+    advice = "use_reentrant=False" if selection._hooks_known else "torch 2.8 or later"
+    with pytest.raises(BackendNotUsable, match=advice):
         out.sum().backward()
+
+
+def test_recomputation_where_torch_tells_no_hooks_is_right_or_refused(monkeypatch):
+    """What torch before 2.8 gets."""
+    monkeypatch.setattr(selection, "_hooks_known", False)
+    for module, name in ((selection, "top_hooks"), (call, "_top_hooks")):
+        monkeypatch.setattr(module, name, lambda _: None)
+    seen, query = [], Q.clone().requires_grad_()
+    set_backend("alpha")
+    checkpoint(recorded, seen, query, use_reentrant=False).sum().backward()
+    with use_backend("beta"):
+        out = checkpoint(recorded, seen, query, use_reentrant=False)
+    with pytest.raises(BackendNotUsable, match=r"alpha, beta\. Use torch 2\.8 or later, bind"):
+        out.sum().backward()
+    assert seen == [1, 1, 2]
 
 
 def test_recomputation_in_the_reentrant_form_runs_with_one_choice_only():
