@@ -27,6 +27,10 @@ COMMANDS = {  # the name, its module, and what it does; a module is imported whe
         "attn_core.commands.check",
         "hold backends to what they declare, on this machine: the conformance kit",
     ),
+    "new-backend": (
+        "attn_core.commands.new_backend",
+        "write the package of a new backend: declaration, kernel, tests",
+    ),
 }
 
 REFUSED = 2

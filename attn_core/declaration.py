@@ -17,7 +17,7 @@ from attn_core.guard import Raised, attempt
 API = 1
 """The version of the meanings (the table of what each option does) that this core speaks."""
 
-_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+NAME = re.compile(r"[a-z_][a-z0-9_]*")
 _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -539,7 +539,7 @@ class BackendSpec:
             raise DeclarationError(msg)
         object.__setattr__(self, "aliases", tuple(sorted(self.aliases, key=str)))
         for name in (self.name, *self.aliases):
-            if not isinstance(name, str) or not _NAME.fullmatch(name):
+            if not isinstance(name, str) or not NAME.fullmatch(name):
                 msg = (
                     f"BackendSpec: a name is a plain word of a-z, 0-9 and _, not starting with a digit, found {name!r}"
                 )

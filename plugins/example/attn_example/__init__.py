@@ -1,0 +1,1 @@
+"""Exact attention in chunks with an online softmax, as a backend of attn."""
