@@ -15,7 +15,7 @@ import torch
 from old_torch import knows_hooks
 from torch.utils.checkpoint import checkpoint
 
-from attn_core import AttnError, BackendNotUsable, attention, bind, call, plan, selection, set_backend, use_backend
+from attn_core import AttnError, BackendNotUsable, attention, bind, plan, selection, set_backend, use_backend
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -375,8 +375,7 @@ def test_recomputation_in_the_reentrant_form_is_refused_once_the_choice_could_ha
 def test_recomputation_where_torch_tells_no_hooks_is_right_or_refused(monkeypatch):
     """What torch before 2.8 gets."""
     monkeypatch.setattr(selection, "_hooks_known", False)
-    for module, name in ((selection, "top_hooks"), (call, "_top_hooks")):
-        monkeypatch.setattr(module, name, lambda _: None)
+    monkeypatch.setattr(selection, "top_hooks", lambda _: None)
     seen, query = [], Q.clone().requires_grad_()
     set_backend("alpha")
     checkpoint(recorded, seen, query, use_reentrant=False).sum().backward()
