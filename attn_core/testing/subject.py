@@ -351,7 +351,11 @@ class Subject:
             raise CheckFailed(msg, case)
         smallest = shrink(case, self._fails)
         shown = self._compared(smallest)
-        raise CheckFailed(_told(shown if isinstance(shown, Raised) else found), smallest)
+        if (
+            not isinstance(shown, Raised) or not self.alive()
+        ):  # a smaller call ended the device; it is not what was seen
+            shown, smallest = found, case
+        raise CheckFailed(_told(shown), smallest)
 
     def alive(self) -> bool:
         """Whether the device can still be used: a fault of a kernel ends it for the whole process."""
@@ -368,7 +372,7 @@ class Subject:
         return Raised(refusal) if refusal is not None and not isinstance(refusal, CallRefused) else refusal
 
     def _fails(self, case: Case) -> bool:
-        return self.admits(case) and isinstance(self._compared(case), Raised)
+        return self.alive() and self.admits(case) and isinstance(self._compared(case), Raised) and self.alive()
 
     def require(self, cases: Sequence[Case], ability: str) -> Sequence[Case]:
         """These calls, or a failure where none was admitted although the ability is declared for this device."""

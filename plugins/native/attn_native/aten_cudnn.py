@@ -14,7 +14,8 @@ from attn_native.aten_inputs import aligned, in_graph, infinite_lse, positive_sc
 if TYPE_CHECKING:
     from attn_native.aten_inputs import Tensors
 
-_CUDNN: Any = torch._scaled_dot_product_cudnn_attention
+_CUDNN: Any = torch._scaled_dot_product_cudnn_attention  # cheaper to call than the operator
+_CUDNN_IN_GRAPH: Any = torch.ops.aten._scaled_dot_product_cudnn_attention.default  # Dynamo fails on the other
 _CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
@@ -59,7 +60,8 @@ def forward(
         query, key, value = _padded(query, key, value)
     query, key, value = unexpanded(query), unexpanded(key), unexpanded(value)
     graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    result = _CUDNN(
+    traced = torch.compiler.is_dynamo_compiling()
+    result = (_CUDNN_IN_GRAPH if traced else _CUDNN)(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -71,7 +73,7 @@ def forward(
         scale=scale,
     )
     out = result[0].transpose(1, 2)
-    if graph and not torch.compiler.is_dynamo_compiling():
+    if graph and not traced:
         # torch reuses its cuDNN backward by the strides of query, key and value alone; a gradient of other strides than
         # the first one's would be read wrongly
         out.register_hook(torch.Tensor.contiguous)
