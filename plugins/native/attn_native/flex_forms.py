@@ -35,7 +35,8 @@ class Form(NamedTuple):
         diagonal: whether keys after ``position`` are hidden.
         softcap: whether ``Operands.softcap`` caps the scores.
         gqa: whether query heads share key heads.
-        forced: whether the kernel for short queries must be avoided, which wants a power of two of heads to a group.
+        forced: whether the kernel for short queries must be avoided, which wants a power of two of heads to a group and all
+            queries of a group in one block.
         lse: whether the log-sum-exp is returned too.
     """
 

@@ -10,7 +10,7 @@ import torch
 from attn_core.masks import Description, KeyPadding, Packed
 from attn_native import flex_blocks
 from attn_native.flex_blocks import NO_LIMIT, Documents
-from attn_native.flex_forms import Blocks, Form, Operands
+from attn_native.flex_forms import BLOCK, Blocks, Form, Operands
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,7 @@ def prepare(
         diagonal=on_diagonal,
         softcap=softcap is not None,
         gqa=groups > 1,
-        forced=groups & (groups - 1) != 0,
+        forced=groups & (groups - 1) != 0 or (groups > 1 and query_length * groups > BLOCK),
         lse=lse,
     )
     low = shift - left if left >= 0 else -NO_LIMIT

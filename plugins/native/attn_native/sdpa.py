@@ -140,6 +140,10 @@ def _general(
     scale: float,
     dropout_p: float,
 ) -> torch.Tensor:
+    if _wants_gradient_of_mask_alone(query, key, value, mask):
+        return cast(
+            "torch.Tensor", aten.efficient_forward(query, key, value, scale=scale, attn_mask=mask, dropout_p=dropout_p)
+        )
     if query.shape[2] == key.shape[2]:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _sdpa(q, k, v, mask, dropout_p, causal, scale=scale).transpose(1, 2)
@@ -148,6 +152,18 @@ def _general(
         return _sdpa(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=True).transpose(1, 2)
     key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
     return _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+
+
+def _wants_gradient_of_mask_alone(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> bool:
+    """Whether SDPA's kernel for CUDA would keep no log-sum-exp for the backward: it asks query, key and value alone.
+
+    The backward then reads beyond its memory (seen on torch 2.11).
+    """
+    if mask is None or not mask.requires_grad or not query.is_cuda or query.dtype == torch.float64:
+        return False
+    return not (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
 def _groups_heads(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
