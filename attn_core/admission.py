@@ -81,14 +81,14 @@ def _admit_one(name: str, facts: Facts) -> Admitted:
 def refusals(spec: BackendSpec, facts: Facts) -> list[str]:
     """Why a backend refuses a call with these facts, from the alternative that comes closest; empty if it admits it."""
     whole = spec.reasons(facts)
-    if not whole and all(item.library is None for item in spec.alternatives):
+    if not whole and not any(item.libraries(facts) for item in spec.alternatives):
         return []
     if facts.compiled and spec.compile is not True:
         return whole
     found = []
     for alternative in spec.alternatives:
-        library = requirements.library_reason(alternative.library) if alternative.library else None
-        found.append([*alternative.reasons(facts), *([library] if library else [])])
+        libraries = map(requirements.library_reason, alternative.libraries(facts))
+        found.append([*alternative.reasons(facts), *filter(None, libraries)])
     return found[0] if len(found) == 1 else spec.closest(facts, found)
 
 

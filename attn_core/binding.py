@@ -1,15 +1,20 @@
-"""A choice of backend that belongs to a module."""
+"""A choice of backend that belongs to a module.
+
+A bound module gets a class of its own, derived from the one it had, whose ``forward`` opens the scope, as torch's
+``parametrize`` and ``fully_shard`` give modules theirs. A ``forward`` put on the instance would be shared by its shallow
+copies (``copy.copy``, the replicas of ``DataParallel``), which would then run the original's.
+"""
 
 from __future__ import annotations
 
-import inspect
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from attn_core.errors import AttnError
-from attn_core.selection import check, normalized, use_backend
+from attn_core.selection import check, listed, normalized, use_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,54 +22,41 @@ if TYPE_CHECKING:
     from attn_core.selection import Choice
 
 
-class _BoundForward:
-    """A module's ``forward``, run inside a scope of the module's own. Copied and pickled with the module."""
+class _Bound(NamedTuple):
+    """The names that a module is bound to, and the ``forward`` that its instance had instead of its class's."""
 
-    def __init__(self, module: torch.nn.Module, names: Choice) -> None:
-        self.module = module
-        self.names = names
-        self.previous: Callable[..., Any] | None = module.__dict__.get("forward")
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the forward itself: trainers look at it."""
-        return inspect.signature(self.previous or MethodType(type(self.module).forward, self.module))
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        names = (self.names,) if isinstance(self.names, str) else self.names
-        with use_backend(*names):
-            if self.previous is None:
-                return type(self.module).forward(self.module, *args, **options)
-            return self.previous(*args, **options)
+    names: tuple[str, ...]
+    forward: Callable[..., Any] | None
 
 
 class Binding:
     """What ``bind`` made; ``remove()`` takes it back."""
 
-    def __init__(self, module: torch.nn.Module, bound: _BoundForward) -> None:
+    def __init__(self, module: torch.nn.Module, bound: _Bound) -> None:
         self._module = module
         self._bound = bound
 
     def remove(self) -> None:
         """Take the binding back; does nothing when another has replaced it."""
-        if self._module.__dict__.get("forward") is self._bound:
-            _unbind(self._module)
+        if self._module.__dict__.get("_attn_bound") is self._bound:
+            _detach(self._module)
 
     def __repr__(self) -> str:
-        return f"Binding({type(self._module).__name__}, {self._bound.names!r})"
+        names = self._bound.names
+        return f"Binding({type(self._module).__name__}, {names[0] if len(names) == 1 else names!r})"
 
 
 def bind(module: torch.nn.Module, *names: str) -> Binding:
     """Choose the backend for the calls made inside a module: whatever runs during its ``forward``, submodules included.
 
     The innermost of bindings and scopes wins, so a submodule with a binding of its own, or a scope opened inside, goes
-    first. Binding again replaces the binding. It is copied and pickled with the module; parameters, hooks and the state
-    dict stay as they are.
+    first. Binding again replaces the binding. It is copied and pickled with the module, shallow copies and the replicas of
+    ``DataParallel`` included; parameters, hooks and the state dict stay as they are. While it is bound, the module is of a
+    class derived from its own.
 
     Args:
         module: a ``torch.nn.Module``. Methods called beside ``forward`` (``vae.decode``) are not inside: bind the
-            submodules that they run, or open a scope. A shallow copy of a bound module (``copy.copy``, the replicas of
-            ``DataParallel``) runs the original's forward: bind the copy.
+            submodules that they run, or open a scope.
         names: one name, strict; or several in order of preference.
 
     Raises:
@@ -78,18 +70,75 @@ def bind(module: torch.nn.Module, *names: str) -> Binding:
         Binding(Linear, 'native_math')
         >>> binding.remove()
     """
-    if not isinstance(module, torch.nn.Module):
-        msg = f"bind: found {type(module).__name__}; accepted: a torch.nn.Module, then the names of backends"
-        raise AttnError(msg)
+    _check_module(module)
     choice = check(normalized(names))
-    if isinstance(module.__dict__.get("forward"), _BoundForward):
-        _unbind(module)
-    bound = _BoundForward(module, choice)
-    module.__dict__["forward"] = bound
-    return Binding(module, bound)
+    if "_attn_bound" in module.__dict__:
+        _detach(module)
+    return Binding(module, _attach(module, choice))
 
 
-def _unbind(module: torch.nn.Module) -> None:
-    previous = module.__dict__.pop("forward").previous
+def _check_module(module: Any) -> None:
+    accepted = "accepted: a torch.nn.Module, then the names of backends"
+    if not isinstance(module, torch.nn.Module):
+        msg = f"bind: found {type(module).__name__}; {accepted}"
+        raise AttnError(msg)
+    if isinstance(module, torch.jit.ScriptModule):
+        msg = f"bind: found a {type(module).__name__}, whose code makes no call of attention; {accepted}"
+        raise AttnError(msg)
+    if isinstance(module, LazyModuleMixin) and module.cls_to_become is not None:
+        msg = (
+            f"bind: found a {type(module).__name__}, which changes its class at its first call; "
+            f"{accepted}. Call it once, then bind it"
+        )
+        raise AttnError(msg)
+
+
+def _attach(module: torch.nn.Module, choice: Choice) -> _Bound:
+    bound = _Bound(listed(choice), module.__dict__.pop("forward", None))
+    module.__dict__["_attn_bound"] = bound
+    kind: Any = type(module)
+    if not hasattr(kind, "_attn_unbound"):
+        module.__class__ = _bound_class(kind)
+    return bound
+
+
+def _detach(module: torch.nn.Module) -> None:
+    previous = module.__dict__.pop("_attn_bound").forward
     if previous is not None:
-        module.__dict__["forward"] = previous
+        module.__dict__.setdefault("forward", previous)
+    if "_attn_unbound" in vars(type(module)):  # not where another has derived a class from it since
+        module.__class__ = vars(type(module))["_attn_unbound"]
+
+
+@cache
+def _bound_class(unbound: Any) -> type[torch.nn.Module]:
+    class Bound(unbound):  # type: ignore[misc]
+        _attn_unbound = unbound
+        _attn_bound: _Bound | None = None
+
+        @wraps(unbound.forward)
+        def forward(self, *args: Any, **options: Any) -> Any:
+            bound = self._attn_bound
+            if bound is None:
+                return unbound.forward(self, *args, **options)
+            with use_backend(*bound.names):
+                if bound.forward is None:
+                    return unbound.forward(self, *args, **options)
+                return bound.forward(*args, **options)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """As the class that pickle can find has it, and bound again where it is made."""
+            make, given, *rest = super().__reduce_ex__(protocol)
+            make, *given = (unbound if item is Bound else item for item in (make, *given))
+            names = None if self._attn_bound is None else self._attn_bound.names
+            return (_made_again, (names, make, *given), *rest)
+
+    Bound.__name__, Bound.__qualname__ = unbound.__name__, unbound.__qualname__
+    return cast("type[torch.nn.Module]", Bound)
+
+
+def _made_again(names: tuple[str, ...] | None, make: Callable[..., Any], *given: Any) -> torch.nn.Module:
+    module: torch.nn.Module = make(*given)
+    if names is not None:
+        _attach(module, names)
+    return module

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, Literal, cast
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -280,18 +281,18 @@ class Limits:
             yield f"compute capability: found {_capability(found)}; accepted: {_capabilities(self)}"
         if self.dtypes is not None and facts.dtype not in self.dtypes:
             yield f"dtype: found {facts.dtype}; accepted: {_listed(sorted(self.dtypes))}"
-        if self.head_dims is not None:
-            yield from self._reasons_from_head_dims(facts, self.head_dims)
+        yield from self.head_dim_reasons(facts)
         if self.masks is not None and isinstance(no := self.mask_abilities[facts.mask], No):
             accepted = _listed(kind for kind, ability in self.mask_abilities.items() if ability)
             yield f"attn_mask: found {facts.mask}; accepted: {accepted} ({no})"
 
-    def _reasons_from_head_dims(self, facts: Facts, head_dims: HeadDims) -> Iterable[str]:
-        pair = (facts.head_dim, facts.value_head_dim)
-        if pair in head_dims or (facts.head_dim in head_dims and facts.value_head_dim in head_dims):
-            return
+    def head_dim_reasons(self, facts: Facts) -> list[str]:
+        """The reason, if there is one, why head dims like these are refused."""
+        pair, dims = (facts.head_dim, facts.value_head_dim), self.head_dims
+        if dims is None or pair in dims or (facts.head_dim in dims and facts.value_head_dim in dims):
+            return []
         shown = str(facts.head_dim) if pair[0] == pair[1] else f"{pair} for query and value"
-        yield f"head_dim: found {shown}; accepted: {describe_head_dims(head_dims)}"
+        return [f"head_dim: found {shown}; accepted: {describe_head_dims(dims)}"]
 
     def _reasons_from_abilities(self, facts: Facts) -> Iterable[str]:
         for name, asked in _ABILITIES.items():
@@ -326,6 +327,46 @@ def _capabilities(limits: Limits) -> str:
     return _listed(_capability(item) for item in sorted(accepted or ()))
 
 
+def _wider(forward: Limits, backward: Limits) -> Iterable[str]:
+    """What a backward admits and its forward does not, with found and accepted; rules and libraries can't be compared."""
+    for label, found, accepted in (
+        ("platforms", backward.platforms, forward.platforms),
+        ("dtypes", backward.dtypes, forward.dtypes),
+        ("masks", _admitted_masks(backward), _admitted_masks(forward)),
+    ):
+        beyond = sorted(set(found or ()) - set(accepted or ()))
+        if beyond:
+            yield f"{label}: found {_listed(beyond)}; accepted: {_listed(sorted(accepted or ()))}"
+    for name in _ABILITIES:
+        no = getattr(forward, name)
+        if getattr(backward, name) is True and isinstance(no, No):
+            yield f"{name}: found True; accepted: a No, as of the forward ({no})"
+    if forward.head_dims is not None:
+        dims = [item if isinstance(item, tuple) else (item, item) for item in backward.head_dims or ()]
+        facts = (Facts(head_dim=query, value_head_dim=value) for query, value in dims)
+        yield from islice((reason for item in facts for reason in forward.head_dim_reasons(item)), 1)
+    if not _capabilities_within(backward.compute_capability, forward.compute_capability):
+        yield f"compute_capability: found {_capabilities(backward)}; accepted: {_capabilities(forward)}"
+
+
+def _admitted_masks(limits: Limits) -> list[str]:
+    return [] if limits.masks is None else [kind for kind, ability in limits.mask_abilities.items() if ability]
+
+
+def _capabilities_within(
+    found: Collection[tuple[int, int]] | CapabilityRange | None,
+    accepted: Collection[tuple[int, int]] | CapabilityRange | None,
+) -> bool:
+    """Whether all of ``found`` are accepted; of a range inside a set, its ends are looked at."""
+    if found is None or accepted is None:
+        return True
+    if not isinstance(found, CapabilityRange):
+        return all(item in accepted for item in found)
+    if found.maximum is None:
+        return isinstance(accepted, CapabilityRange) and accepted.maximum is None and found.minimum in accepted
+    return found.minimum in accepted and found.maximum in accepted
+
+
 def describe_head_dims(head_dims: HeadDims | None) -> str:
     """Head dims as people write them.
 
@@ -344,7 +385,7 @@ def describe_head_dims(head_dims: HeadDims | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Backward(Limits):
-    """Where the backward is narrower than the forward. What is not given is as in the forward.
+    """Where the backward is narrower than the forward. What is not given is as in the forward; wider is refused.
 
     >>> Backward(dtypes={"float16"}).reasons(Facts(dtype="float32"))
     ['dtype: found float32; accepted: float16']
@@ -396,6 +437,10 @@ class Constraints(Limits):
             if getattr(self, name) and isinstance(self.backward, No):
                 msg = f"Constraints: {name} is declared, but backward is No({str(self.backward)!r})"
                 raise DeclarationError(msg)
+        wider = list(_wider(self, self.backward)) if isinstance(self.backward, Backward) else []
+        if wider:
+            msg = f"Constraints: backward admits what the forward does not: {'; '.join(wider)}"
+            raise DeclarationError(msg)
 
     def is_for(self, platform: str, compute_capability: tuple[int, int] | None) -> bool:
         """Whether this alternative is about devices of a platform and a compute capability (None: not known, or none)."""
@@ -411,6 +456,11 @@ class Constraints(Limits):
         if facts.backward and isinstance(self.backward, Backward):
             found.extend(f"backward: {reason}" for reason in self.backward.reasons(facts))
         return list(dict.fromkeys(found))
+
+    def libraries(self, facts: Facts) -> list[str]:
+        """The versions of libraries that a call with these facts needs, the backward's own where a gradient may be asked for."""
+        backward = self.backward.library if facts.backward and isinstance(self.backward, Backward) else None
+        return [library for library in (self.library, backward) if library is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,96 @@
+"""What a record that contradicts itself is told when it is made."""
+
+from __future__ import annotations
+
+import pytest
+
+from attn_core.admission import refusals
+from attn_core.plugin import BackendSpec, Backward, CapabilityRange, Constraints, DeclarationError, Facts, No
+
+NARROW = {"platforms": {"cuda"}, "dtypes": {"float16", "bfloat16"}, "masks": {"none", "bool"}}
+
+
+def constraints(backward, **forward):
+    return Constraints(**{**NARROW, "backward": Backward(**backward), **forward})
+
+
+@pytest.mark.parametrize(
+    ("backward", "forward", "message"),
+    [
+        ({"dtypes": {"float16", "float32"}}, {}, "dtypes: found float32; accepted: bfloat16, float16"),
+        ({"platforms": {"cuda", "cpu"}}, {}, "platforms: found cpu; accepted: cuda"),
+        ({"masks": {"none", "packed"}}, {}, "masks: found packed; accepted: bool, none"),
+        ({"masks": {"bool": True}}, {"masks": {"none": True, "bool": No("none")}}, "masks: found bool; accepted: none"),
+        ({"softcap": True}, {"softcap": No("no tanh")}, r"softcap: found True; accepted: a No, .*\(no tanh\)"),
+        ({"dropout": True}, {}, r"dropout: found True; accepted: a No, .*\(not declared\)"),
+        ({"head_dims": {64, 96}}, {"head_dims": {64, 128}}, "head_dim: found 96; accepted: 64, 128"),
+        (
+            {"head_dims": {(64, 32)}},
+            {"head_dims": {64}},
+            r"head_dim: found \(64, 32\) for query and value; accepted: 64",
+        ),
+        ({"head_dims": range(8, 265, 8)}, {"head_dims": range(8, 257, 8)}, "head_dim: found 264; accepted: 8 to 256"),
+        (
+            {"compute_capability": {(9, 0), (10, 0)}},
+            {"compute_capability": {(9, 0)}},
+            "compute_capability: found 9.0, 10.0; accepted: 9.0",
+        ),
+        (
+            {"compute_capability": CapabilityRange((7, 5))},
+            {"compute_capability": CapabilityRange((8, 0))},
+            "compute_capability: found 7.5 and up; accepted: 8.0 and up",
+        ),
+        (
+            {"compute_capability": CapabilityRange((8, 0))},
+            {"compute_capability": CapabilityRange((8, 0), (9, 0))},
+            "compute_capability: found 8.0 and up; accepted: 8.0 to 9.0",
+        ),
+        (
+            {"compute_capability": CapabilityRange((9, 0))},
+            {"compute_capability": {(9, 0)}},
+            "compute_capability: found 9.0 and up; accepted: 9.0",
+        ),
+    ],
+)
+def test_a_backward_wider_than_its_forward_is_refused_with_found_and_accepted(backward, forward, message):
+    with pytest.raises(DeclarationError, match=f"Constraints: backward admits what the forward does not: {message}"):
+        constraints(backward, **forward)
+
+
+def test_every_way_in_which_a_backward_is_wider_is_told():
+    with pytest.raises(DeclarationError, match="dtypes: found float64.*; softcap: .*; dropout: "):
+        constraints({"dtypes": {"float64"}, "softcap": True, "dropout": True})
+
+
+@pytest.mark.parametrize(
+    ("backward", "forward"),
+    [
+        ({}, {}),
+        ({"dtypes": {"float16"}, "platforms": {"cuda"}, "masks": {"none"}}, {}),
+        ({"softcap": True, "dropout": No("no state")}, {"softcap": True, "dropout": True}),
+        ({"softcap": No("no derivative")}, {}),
+        ({"head_dims": range(8, 129)}, {}),
+        ({"head_dims": range(8, 129, 8)}, {"head_dims": range(8, 257, 8)}),
+        ({"head_dims": {(64, 32), 64}}, {"head_dims": {32, 64}}),
+        ({"head_dims": {(192, 128)}}, {"head_dims": {(192, 128)}}),
+        ({"compute_capability": {(9, 0)}}, {}),
+        ({"compute_capability": CapabilityRange((9, 0))}, {"compute_capability": CapabilityRange((8, 0))}),
+        ({"compute_capability": CapabilityRange((8, 0), (9, 0))}, {"compute_capability": {(8, 0), (8, 6), (9, 0)}}),
+    ],
+)
+def test_a_backward_as_narrow_as_its_forward_or_narrower_is_a_record(backward, forward):
+    assert constraints(backward, **forward).backward == Backward(**backward)
+
+
+def test_the_library_of_a_backward_is_asked_for_where_a_gradient_may_be():
+    spec = BackendSpec(
+        api=1,
+        name="acme",
+        summary="Acme",
+        forward="acme:forward",
+        constraints=Constraints(
+            platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, backward=Backward(library="nosuchlibrary>=2")
+        ),
+    )
+    assert refusals(spec, Facts()) == []
+    assert refusals(spec, Facts(backward=True)) == ["needs nosuchlibrary>=2, which is not installed"]
