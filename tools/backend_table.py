@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from attn_core.declaration import Backward, CapabilityRange, Constraints, No, describe_head_dims
 from attn_core.hookspec import GROUP
+from attn_core.known import known_wheels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -54,7 +55,9 @@ class Notes:
 def find_specs() -> list[BackendSpec]:
     """Return what the wheels of this repository declare, in their order."""
     ours = {path.parent.name for path in ROOT.glob("plugins/*/attn_*/py.typed")}
-    points = sorted(entry_points(group=GROUP), key=lambda point: point.value)
+    known = [wheel.replace("-", "_") for wheel in known_wheels()]  # in their order, and then the others
+    place = {package: number for number, package in enumerate([*known, *sorted(ours.difference(known))])}
+    points = sorted(entry_points(group=GROUP), key=lambda point: (place.get(point.value.split(".")[0], 0), point.value))
     modules = [point.load() for point in points if point.value.split(".")[0] in ours]
     return [spec for module in modules for spec in module.attn_backends()]
 
