@@ -86,12 +86,12 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, and that the README's table is what the declarations say. Needs no torch."""
+    """Check style, and that what is generated in the docs is what the code says. Needs no torch."""
     install(session, *nox.project.dependency_groups(GROUPS, "lint"), *TORCHLESS)
     session.run("ruff", "check", ROOT)
     session.run("ruff", "format", "--check", ROOT)
     session.install("--force-reinstall", "--no-deps", *build(session))
-    session.run("python", ROOT / "tools" / "backend_table.py", "--check")
+    session.run("python", ROOT / "tools" / "write_docs.py", "--check")
 
 
 @nox.session

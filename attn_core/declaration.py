@@ -227,7 +227,32 @@ def _listed(values: Iterable[object]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What forward and backward limit alike. A field left at None limits nothing."""
+    """What forward and backward limit alike. A field left at None limits nothing.
+
+    Attributes:
+        platforms: a set of ``PLATFORMS``. A ROCm build of torch is "rocm", although its devices are called cuda.
+        compute_capability: a set of (major, minor), or a ``CapabilityRange``: ``{(9, 0)}`` is Hopper only,
+            ``CapabilityRange((9, 0))`` Hopper and up. Says nothing of devices that have none.
+        dtypes: a set of ``DTYPES``: of query, key and value, after autocast.
+        head_dims: a range, or a set of numbers and (D, Dv) pairs. None is any.
+        masks: a set of ``MASKS``, "none" among them where calls without a mask are admitted; or a mapping of kinds to
+            True or ``No(reason)``.
+        causal: the bottom-right diagonal.
+        gqa: fewer key heads than query heads.
+        cross_lengths: Sq other than Skv.
+        value_head_dim: Dv other than D. A declared (D, Dv) pair needs no further word.
+        window_size: (left, right) in keys around the diagonal, -1 unlimited, each on its own.
+        softcap: scores become c * tanh(scores / c) before masking.
+        dropout: of the probabilities, with torch's generator; the backward uses the same draw.
+        lse: forward returns (out, lse) where ``return_lse=True`` asks for it.
+        deterministic: the same bits twice, forward and backward, where ``deterministic=True`` asks for it.
+        mask_gradient: a float mask that requires a gradient gets it.
+        vmap: calls inside ``torch.func`` transforms.
+        forward_mode: forward-mode differentiation.
+        library: the requirement on the library's version under which this holds, such as "flash-attn>=2.6".
+        rules: ``Rule("text", predicate)`` for what data can't say: the predicate gets ``Facts`` and is true of the calls
+            that are refused.
+    """
 
     platforms: Collection[str] | None = None
     compute_capability: Collection[tuple[int, int]] | CapabilityRange | None = None
@@ -397,7 +422,12 @@ class Constraints(Limits):
     """One alternative of what a backend admits. An ability not mentioned is ``No("not declared")``.
 
     ``platforms``, ``dtypes`` and ``masks`` have to be given; ``head_dims``, ``compute_capability`` and ``library`` left
-    at None limit nothing. ``backward`` is True, ``No(reason)``, or ``Backward(...)`` where it is narrower.
+    at None limit nothing.
+
+    Attributes:
+        backward: whether gradients of query, key and value may be asked for: True, ``No(reason)``, or ``Backward(...)``
+            where less is admitted with them than without.
+        double_backward: the gradient of a gradient.
 
     >>> constraints = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, causal=True)
     >>> constraints.reasons(Facts(causal=True))
@@ -467,6 +497,12 @@ class Constraints(Limits):
 class ContextParallelSupport:
     """Which ways of spreading a sequence over devices a backend serves. The backward of each follows ``backward``.
 
+    Attributes:
+        ring: parts of the keys, merged by their lse: some alternative declares ``lse``, and a backward takes the result and
+            the lse of the whole.
+        ulysses: shards of the heads.
+        hybrid: both at once.
+
     >>> ContextParallelSupport(ring=True, ulysses=True, hybrid=True).modes
     ('ring', 'ulysses', 'hybrid')
     """
@@ -500,7 +536,11 @@ class Exact:
 
 @dataclass(frozen=True)
 class Approximate:
-    """Computes the defined function up to ``error``: the relative error (Frobenius norm) that it is held to."""
+    """Computes the defined function up to an error that it declares.
+
+    Attributes:
+        error: the relative error (Frobenius norm) that it is held to at every shape, between 0 and 1.
+    """
 
     error: float
     approximate: ClassVar[bool] = True
@@ -518,7 +558,10 @@ class Approximate:
 class Needs:
     """What has to be installed beside the wheel: an extra of its distribution, or an importable module.
 
-    ``install`` is the author's own line where ``pip install distribution[extra]`` is not enough.
+    Attributes:
+        extra: of the wheel's own distribution: everything that it asks for.
+        module: one that can be imported. One of the two is given.
+        install: the author's own line where ``pip install distribution[extra]`` is not enough.
     """
 
     extra: str | None = None

@@ -1,29 +1,18 @@
-"""Make the README's table of backends from their declarations. Imports no torch.
-
-``python tools/backend_table.py`` prints it, ``--write`` puts it into the README, ``--check`` fails where the README has
-another. The wheels of this repository have to be installed.
-"""
+"""Makes tables of backends from their declarations. The wheels that declare them have to be installed."""
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from attn_core.declaration import Backward, CapabilityRange, Constraints, No, describe_head_dims
 from attn_core.hookspec import GROUP
-from attn_core.known import known_wheels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from attn_core.plugin import BackendSpec
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BEGIN = "<!-- begin: written by tools/backend_table.py -->"
-END = "<!-- end: written by tools/backend_table.py -->"
 ABILITIES = {
     "causal": "`causal`",
     "window_size": "`window_size`",
@@ -52,14 +41,14 @@ class Notes:
         return "(" + ", ".join(str(self.reasons.index(reason) + 1) for reason in unique) + ")"
 
 
-def find_specs() -> list[BackendSpec]:
-    """Return what the wheels of this repository declare, in their order."""
-    ours = {path.parent.name for path in ROOT.glob("plugins/*/attn_*/py.typed")}
-    known = [wheel.replace("-", "_") for wheel in known_wheels()]  # in their order, and then the others
-    place = {package: number for number, package in enumerate([*known, *sorted(ours.difference(known))])}
-    points = sorted(entry_points(group=GROUP), key=lambda point: (place.get(point.value.split(".")[0], 0), point.value))
-    modules = [point.load() for point in points if point.value.split(".")[0] in ours]
-    return [spec for module in modules for spec in module.attn_backends()]
+def find_specs(wheel: str) -> list[BackendSpec]:
+    """Return what an installed wheel, such as attn-native, declares."""
+    package = wheel.replace("-", "_")
+    modules = {
+        point.value: point.load() for point in entry_points(group=GROUP) if point.module.split(".")[0] == package
+    }
+    assert modules, f"{wheel} is not installed; pip install it from this checkout first"
+    return [spec for place in sorted(modules) for spec in modules[place].attn_backends()]
 
 
 def platforms(alternatives: Iterable[Constraints]) -> str:
@@ -155,22 +144,3 @@ def table(specs: list[BackendSpec]) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(specs, notes)]
     reasons = [f"{number}. {reason}" for number, reason in enumerate(notes.reasons, 1)]
     return "\n".join([*lines, "", "Why not:", "", *reasons])
-
-
-def main() -> int:
-    """Print, write or check the table."""
-    found = README.read_text(encoding="utf-8")
-    before, rest = found.split(BEGIN)
-    made = f"{before}{BEGIN}\n{table(find_specs())}\n{END}{rest.split(END)[1]}"
-    if "--check" in sys.argv and found != made:
-        print("README.md: the table of backends is not what they declare; run: python tools/backend_table.py --write")
-        return 1
-    if "--write" in sys.argv:
-        README.write_text(made, encoding="utf-8")
-    elif "--check" not in sys.argv:
-        print(table(find_specs()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
