@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
 from attn_core.declaration import (
@@ -13,7 +13,6 @@ from attn_core.declaration import (
     CapabilityRange,
     Constraints,
     ContextParallelSupport,
-    Limits,
     Needs,
     No,
     Rule,
@@ -23,36 +22,33 @@ from attn_core.facts import DTYPES, MASKS, PLATFORMS, Facts
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_CONSTRAINTS: dict[str, Any] = {"platforms": {"cpu"}, "dtypes": {"float32"}, "masks": {"none"}}
-_SPEC: dict[str, Any] = {"api": 1, "name": "x", "summary": "x", "forward": "x:x"}
+RECORDS = (BackendSpec, Constraints, ContextParallelSupport, Needs, Approximate, Facts)
+REQUIRED: dict[str, Any] = {"platforms": {"cpu"}, "dtypes": {"float32"}, "masks": {"none"}}
+"""Of ``Constraints``, which gives the abilities that are left out a reason when it is made."""
 
-RECORDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "BackendSpec": (BackendSpec, {**_SPEC, "constraints": Constraints(**_CONSTRAINTS)}),
-    "Constraints": (Constraints, _CONSTRAINTS),
-    "ContextParallelSupport": (ContextParallelSupport, {}),
-    "Needs": (Needs, {"extra": "x"}),
-    "Approximate": (Approximate, {"error": 0.1}),
-    "Facts": (Facts, {}),
-}
-"""Each record, with the least that makes one: what stands in there is required, unless it is one of several ways."""
-
-OPTIONAL = {("Needs", "extra")}
 WORDS = {"PLATFORMS": PLATFORMS, "DTYPES": DTYPES, "MASKS": MASKS}
 
 
 def record_table(name: str) -> str:
     """Return a table of a record's fields: type, what it is when left out, what it says."""
-    record, least = RECORDS[name]
+    (record,) = (record for record in RECORDS if record.__name__ == name)
     said = attributes(record)
-    whole = record(**least)
-    required = set(least) - {field for owner, field in OPTIONAL if owner == name}
     lines = ["| field | type | left out | what it says |", "| --- | --- | --- | --- |"]
     for field in fields(record):
-        assert field.name in said, f"{record.__name__}.{field.name} has no word in its docstring"
-        default = "required" if field.name in required else f"`{shown(getattr(whole, field.name))}`"
-        kind = str(field.type).removesuffix(" | None") if issubclass(record, Limits) else str(field.type)
-        lines.append(f"| `{field.name}` | {code(kind)} | {cell(default)} | {cell(said[field.name])} |")
+        assert field.name in said, f"{name}.{field.name} has no word in its docstring"
+        kind = str(field.type).removesuffix(" | None") if record is Constraints else str(field.type)
+        lines.append(f"| `{field.name}` | {cell(f'`{kind}`')} | {left_out(record, field)} | {cell(said[field.name])} |")
     return "\n".join(lines)
+
+
+def left_out(record: type[Any], field: Field[Any]) -> str:
+    """Return what a field is when an author leaves it out."""
+    if record is Constraints:
+        constraints = Constraints(**REQUIRED)
+        return "required" if field.name in REQUIRED else shown(getattr(constraints, field.name))
+    if field.default is not MISSING:
+        return shown(field.default)
+    return "required" if field.default_factory is MISSING else shown(field.default_factory())
 
 
 def words_table() -> str:
@@ -92,12 +88,8 @@ def plain_code(text: str) -> str:
 
 def shown(value: object) -> str:
     """Return a default as an author writes it."""
-    return f'No("{value}")' if isinstance(value, No) else repr(value).replace("'", '"')
-
-
-def code(text: str) -> str:
-    """Return code for a cell of a table."""
-    return cell(f"`{text}`")
+    text = f'No("{value}")' if isinstance(value, No) else repr(value).replace("'", '"')
+    return f"`{text}`"
 
 
 def cell(text: str) -> str:

@@ -66,6 +66,7 @@ class Options:
     def add_argument(self, *names: str, **given: Any) -> None:
         """Keep an argument as a row of a table."""
         value = given.get("metavar") or "|".join(given.get("choices", ()))
+        value = value or ("" if "action" in given else names[0].strip("-").upper())
         shown = " ".join(filter(None, (names[0] if names[0].startswith("-") else "", value)))
         self.rows.append(f"| {cell(f'`{shown}`')} | {cell(given['help'])} |")
 
