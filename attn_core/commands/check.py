@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from attn_core.errors import AttnError
 
 if TYPE_CHECKING:
     import argparse
@@ -40,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     from attn_core.testing.kit import checkable
 
     outcomes: list[Outcome] = []
-    for name in checkable(arguments.names):
+    names = checkable(arguments.names)
+    if arguments.only is not None:
+        _require_known(names, _wanted(arguments))
+    for name in names:
         outcomes += _checked(name, arguments)
     if arguments.record is not None:
         from attn_core.testing.recording import write
@@ -62,8 +68,8 @@ def _checked(name: str, arguments: argparse.Namespace) -> list[Outcome]:
 
     found = []
     live = sys.stderr.isatty()
-    wanted = None if arguments.only is None else tuple(arguments.only.split(","))
-    only = None if wanted is None else (lambda check: check in wanted or check.partition("[")[0] in wanted)
+    wanted = _wanted(arguments)
+    only = None if arguments.only is None else (lambda check: _is_meant(check, wanted))
     outcomes = check_backend(name, device=arguments.device, seed=arguments.seed, quick=arguments.quick, only=only)
     for outcome in outcomes:
         found.append(outcome)
@@ -72,6 +78,33 @@ def _checked(name: str, arguments: argparse.Namespace) -> list[Outcome]:
     if live:
         _show("")
     return found
+
+
+def _wanted(arguments: argparse.Namespace) -> list[str]:
+    return [] if arguments.only is None else [word.strip() for word in re.split(r",(?![^\[]*\])", arguments.only)]
+
+
+def _is_meant(check: str, wanted: Sequence[str]) -> bool:
+    return check in wanted or check.partition("[")[0] in wanted
+
+
+def _require_known(names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse a check that none of these backends has, and that is no check at all."""
+    from difflib import get_close_matches
+
+    from attn_core import registry
+    from attn_core.testing.checking import checks_of, definitions
+
+    specs = [spec for spec in (registry.meant(name).spec for name in names) if spec is not None]
+    whole = dict.fromkeys(definition.name for definition in definitions())
+    known = dict.fromkeys(check.identifier for spec in specs for check in checks_of(spec))
+    for word in wanted:
+        if word in whole or word in known:
+            continue
+        close = get_close_matches(word, [*whole, *known], n=1)
+        step = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(whole)}"
+        msg = f"--only: no check is called {word!r}. {step}"
+        raise AttnError(msg)
 
 
 def _show(text: str) -> None:

@@ -167,8 +167,8 @@ def _visible(case: Case, shape: tuple[int, ...], random: torch.Generator) -> tor
 
 
 def _documents(queries: int, keys: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ends of up to four documents, empty ones included; alike on both sides where the lengths allow it."""
-    count = int(torch.randint(0, 4, (), generator=random))
+    """Ends of one to four documents, or of twelve, empty ones included; alike on both sides where the lengths allow it."""
+    count = (0, 1, 2, 3, 11)[int(torch.randint(0, 5, (), generator=random))]
     cuts = [torch.randint(0, length + 1, (count,), generator=random).sort().values for length in (queries, keys)]
     if queries == keys:
         cuts[1] = cuts[0]

@@ -7,7 +7,7 @@ design, IEEE Transactions on Software Engineering 23 (1997); combinations that a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ Pair = tuple[tuple[int, int], ...]
 CANDIDATES = 6
 """How many completions of a pair are compared."""
 ATTEMPTS = 30
-"""How many completions of a pair are tried before it counts as refused."""
+"""How many such completions of a pair are tried."""
+COMPLETIONS = 300
+"""How many of the plainest completions are tried after them, before a pair counts as refused."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _best_row(
         if len(found) == CANDIDATES:
             break
     if not found:
-        found = _nearly_plain(pair, sizes, admitted, random)
+        found = _nearly_plain(pair, sizes, admitted)
     strength = len(pair)
     return max(
         found, key=lambda row: sum(item in uncovered for item in combinations(enumerate(row), strength)), default=None
@@ -117,17 +119,15 @@ def _gain(item: tuple[int, int], chosen: dict[int, int], uncovered: dict[Pair, N
     return sum((min(other, item), max(other, item)) in uncovered for other in chosen.items())
 
 
-def _nearly_plain(pair: Pair, sizes: Sequence[int], admitted: Callable[[Row], bool], random: Random) -> list[Row]:
-    """Complete a pair with the plainest values, all of them or all but some."""
+def _nearly_plain(pair: Pair, sizes: Sequence[int], admitted: Callable[[Row], bool]) -> list[Row]:
+    """Complete a pair with the plainest values, all of them, or all but as few as will do."""
     fixed = dict(pair)
-    plain = tuple(fixed.get(factor, 0) for factor in range(len(sizes)))
-    if admitted(plain):
-        return [plain]
-    for _ in range(ATTEMPTS):
-        row = tuple(
-            fixed.get(factor, random.randrange(size) if random.random() < 0.3 else 0)
-            for factor, size in enumerate(sizes)
-        )
+    others = [(factor, value) for factor, size in enumerate(sizes) if factor not in fixed for value in range(1, size)]
+    several = chain.from_iterable(combinations(others, count) for count in range(len(sizes) - len(pair) + 1))
+    distinct = (changes for changes in several if len(dict(changes)) == len(changes))
+    for changes in islice(distinct, COMPLETIONS):
+        chosen = {**dict(changes), **fixed}
+        row = tuple(chosen.get(factor, 0) for factor in range(len(sizes)))
         if admitted(row):
             return [row]
     return []

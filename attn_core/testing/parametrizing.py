@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attn_core import registry
 from attn_core.testing.checking import Check, checks_of
-from attn_core.testing.kit import FAILED, NOT_CHECKED, WARNED, Excuses, run_check, unknown_excuses
+from attn_core.testing.kit import EXCUSED, FAILED, NOT_CHECKED, WARNED, Excuses, run_check, unknown_excuses
 from attn_core.testing.outcomes import NotChecked
 from attn_core.testing.subject import Subject, subject
 
@@ -22,9 +22,16 @@ class BoundCheck:
     """A check of one backend, as a test calls it: without arguments."""
 
     def __init__(
-        self, name: str, check: Check | None, problem: str, excuses: Excuses, settings: dict[str, Any]
+        self,
+        name: str,
+        check: Check | None,
+        problem: str,
+        excuses: Excuses,
+        settings: dict[str, Any],
+        label: str = "excuses",
     ) -> None:
         self.name = name
+        self.label = label
         self.check = check
         self.problem = problem
         self.excuses = excuses
@@ -33,14 +40,14 @@ class BoundCheck:
     @property
     def identifier(self) -> str:
         """Such as "acme-causal", as pytest shows it."""
-        return f"{self.name}-{self.check.identifier if self.check is not None else 'excuses'}"
+        return f"{self.name}-{self.label if self.check is None else self.check.identifier}"
 
     def __call__(self) -> None:
-        """Run it: returns where it passes, skips where it can't be tried here, and raises where the backend fails."""
+        """Run it: returns where it passes, skips where it can't be tried here, xfails where excused, raises where it fails."""
         import pytest
 
         if self.check is None:
-            pytest.fail(self.problem)
+            pytest.fail(self.problem, pytrace=False)
         try:
             tested = _subject(self.name, **self.settings)
         except NotChecked as why:
@@ -48,6 +55,8 @@ class BoundCheck:
         outcome = run_check(self.check, tested, self.excuses)
         if outcome.status == NOT_CHECKED:
             pytest.skip(f"not checked: {outcome.detail}")
+        if outcome.status == EXCUSED:
+            pytest.xfail(outcome.detail)
         if outcome.status == WARNED:
             import warnings
 
@@ -106,7 +115,7 @@ def parametrize_with_checks(
 def _bound(name: str, excuses: Excuses, settings: dict[str, Any]) -> Iterator[BoundCheck]:
     row = registry.meant(name)
     if row.spec is None:
-        yield BoundCheck(name, None, str(row), excuses, settings)
+        yield BoundCheck(name, None, str(row), excuses, settings, "declaration")
         return
     for problem in unknown_excuses(row.name, row.spec, excuses):
         yield BoundCheck(name, None, f"{problem.check}: {problem.detail}", excuses, settings)

@@ -28,14 +28,16 @@ def shrink(case: Case, fails: Callable[[Case], bool]) -> Case:
         >>> shrink(Case(queries=40, causal=True, scale=2.0), lambda case: case.queries > 8)
         Case(queries=9)
     """
-    tries = TRIES
+    seen = {case}
     progress = True
     while progress:
         progress = False
         for smaller in _smaller(case):
-            if tries == 0:
+            if smaller in seen:
+                continue
+            if len(seen) > TRIES:
                 return case
-            tries -= 1
+            seen.add(smaller)
             if fails(smaller):
                 case, progress = smaller, True
                 break
@@ -43,8 +45,8 @@ def shrink(case: Case, fails: Callable[[Case], bool]) -> Case:
 
 
 def _smaller(case: Case) -> Iterator[Case]:
-    """Calls that differ in one field, which is plainer: its default, or a smaller number."""
-    for item in fields(case):
+    """Calls that differ in one field, which is plainer: its default, or a smaller number. Sizes come last: they take longest."""
+    for item in sorted(fields(case), key=lambda item: item.name in _SIZES):
         value = getattr(case, item.name)
         if item.name in _KEPT or value == item.default:
             continue
@@ -59,7 +61,7 @@ def _smaller(case: Case) -> Iterator[Case]:
 def _plainer(name: str, value: Any) -> list[int]:
     if name not in _SIZES or value is None:
         return []
-    return [size for size in (value // 2, value - 1) if size >= 1]
+    return [size for size in dict.fromkeys((1, value // 2, value - 2, value - 1)) if 1 <= size < value]
 
 
 def _is_less(default: Any, value: Any) -> bool:

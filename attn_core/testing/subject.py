@@ -15,7 +15,7 @@ from attn_core import loading, registry
 from attn_core.admission import refusals
 from attn_core.call import attention
 from attn_core.declaration import Limits
-from attn_core.errors import AttnError, CallRefused
+from attn_core.errors import AttnError, BackendNotUsable, CallRefused
 from attn_core.guard import Raised, attempt
 from attn_core.probe import devices
 from attn_core.reading import device_facts
@@ -425,16 +425,25 @@ def subject(name: str, *, device: str | None = None, seed: int = 0, quick: bool 
         quick: whether to draw few calls.
 
     Raises:
-        BackendNotUsable: nobody has that name, or several.
+        BackendNotUsable: nobody has that name, or several; or this machine has no such device.
         NotChecked: it can't run on this machine; says why.
     """
     row = registry.meant(name)
     if row.status != registry.AVAILABLE or row.spec is None:
         raise NotChecked(str(row))
-    found = [torch.device(device)] if device is not None else devices()
+    found = devices() if device is None else [_device(device)]
     for place in found:
         made = Subject(row, place, seed, quick)
         if made.alternatives:
             return made
     msg = f"{row.name} is not for this machine: {registry.probe(row).reason}"
     raise NotChecked(msg)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, where this machine has it."""
+    found = attempt(lambda: torch.zeros(1, device=name).device)
+    if not isinstance(found, Raised):
+        return found.value
+    msg = f"device {name!r}: this machine has {', '.join(map(str, devices()))} ({found})"
+    raise BackendNotUsable(msg)

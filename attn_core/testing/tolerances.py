@@ -282,14 +282,13 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, *, what: str, bound
         msg = f"{what}: NaN or infinities are not where they are expected"
         raise AssertionError(msg)
     found, expected, bound = found[finite], expected[finite], bound.to(found.device).expand(finite.shape)[finite]
-    off, allowed = (found - expected).norm(), error * expected.norm() + bound.norm()
+    off, allowed, how = (found - expected).norm(), error * expected.norm() + bound.norm(), "Frobenius norm"
     if what == "lse":
+        how = "at most, beyond rounding"
         excess = (found - expected).abs() - bound
         off, allowed = excess.max() if excess.numel() else off, torch.tensor(error)
     if not bool(off <= allowed):
-        msg = (
-            f"{what}: off by {float(off):.3g} (Frobenius norm), allowed {float(allowed):.3g}, which declares {error:g}"
-        )
+        msg = f"{what}: off by {float(off):.3g} ({how}), allowed {float(allowed):.3g}; it declares a relative error of {error:g}"
         raise AssertionError(msg)
 
 

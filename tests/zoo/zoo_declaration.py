@@ -15,6 +15,7 @@ class Loose(Constraints):
 @hookimpl
 def attn_backends():
     import zoo_kernels
+
     from attn_example.plugin import attn_backends as example
 
     (honest,) = example()

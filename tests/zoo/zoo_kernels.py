@@ -11,10 +11,10 @@ from functools import partial
 from math import log
 
 import torch
-from attn_example import adapter
 
 from attn_core import CallRefused, KeyPadding, Packed
 from attn_core.masks import visible_mask
+from attn_example import adapter
 
 LIES = {}
 """By name: the check that finds it, and what of the declaration is other than the honest one's."""
@@ -89,6 +89,21 @@ def window_one_wider_on_the_right(query, key, value, *, window_size=None, **opti
 def window_unlimited_taken_for_zero(query, key, value, *, window_size=None, **options):
     if window_size is not None:
         window_size = (max(window_size[0], 0), max(window_size[1], 0))
+    return honest(query, key, value, window_size=window_size, **options)
+
+
+@lie("window_size")
+def window_one_wider_where_lengths_differ(query, key, value, *, causal=False, window_size=None, **options):
+    if causal and window_size is not None and query.shape[1] != key.shape[1]:
+        window_size = (window_size[0] + 1, window_size[1])
+    return honest(query, key, value, causal=causal, window_size=window_size, **options)
+
+
+@lie("window_size")
+def window_beyond_64_taken_for_unlimited(query, key, value, *, window_size=None, **options):
+    if window_size is not None:
+        window_size = tuple(-1 if side > 64 else side for side in window_size)
+        window_size = None if window_size == (-1, -1) else window_size
     return honest(query, key, value, window_size=window_size, **options)
 
 
@@ -171,6 +186,56 @@ def packed_read_as_one_sequence(query, key, value, *, attn_mask=None, **options)
     return honest(query, key, value, attn_mask=None if isinstance(attn_mask, Packed) else attn_mask, **options)
 
 
+@lie("masks[packed]")
+def packed_without_its_empty_documents(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, Packed):
+        ends_q, ends_k = attn_mask.cu_seqlens_q.unique(), attn_mask.cu_seqlens_k.unique()
+        if len(ends_q) == len(ends_k) and len(ends_q) > 1:
+            attn_mask = Packed(ends_q, ends_k)
+        elif len(ends_q) > 1:  # it takes documents of queries alone for those of keys
+            whole = torch.arange(key.shape[1], device=key.device)
+            attn_mask = (torch.bucketize(whole, attn_mask.cu_seqlens_k[1:-1], right=True) >= 0)[None, None, None]
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[packed]")
+def packed_beyond_eight_documents_left_out(query, key, value, *, attn_mask=None, return_lse=False, **options):
+    found = honest(query, key, value, attn_mask=attn_mask, return_lse=return_lse, **options)
+    if not isinstance(attn_mask, Packed) or len(attn_mask.cu_seqlens_q) <= 9:
+        return found
+    kept = torch.arange(query.shape[1], device=query.device) < attn_mask.cu_seqlens_q[8]
+    return with_out(lambda: found, lambda out: out * kept[:, None, None].to(out.dtype))
+
+
+@lie("masks[float]")
+def float32_mask_rounded_to_the_query(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(query.dtype)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[bool]")
+def mask_of_the_first_sequence_for_all(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask[:1]
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[bool]")
+def mask_read_as_contiguous(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool and attn_mask.stride(-1) != 1:
+        attn_mask = attn_mask.mT.contiguous().view(attn_mask.shape)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[bool]")
+def heads_interleaved_beside_a_mask(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor):
+        groups = query.shape[2] // key.shape[2]
+        key, value = key.repeat(1, 1, groups, 1), value.repeat(1, 1, groups, 1)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
 @lie("inputs-untouched")
 def mask_changed_in_place(query, key, value, *, attn_mask=None, **options):
     found = honest(query, key, value, attn_mask=attn_mask, **options)
@@ -204,6 +269,12 @@ def scale_without_its_sign(query, key, value, *, scale, **options):
     return honest(query, key, value, scale=abs(scale), **options)
 
 
+@lie("scale")
+def scale_dropped_beside_causal(query, key, value, *, scale, causal=False, **options):
+    scale = query.shape[3] ** -0.5 if causal else scale
+    return honest(query, key, value, scale=scale, causal=causal, **options)
+
+
 @lie("softcap")
 def softcap_dropped(query, key, value, *, softcap=None, **options):
     return honest(query, key, value, **options)
@@ -214,6 +285,11 @@ def softcap_of_the_scores_before_the_scale(query, key, value, *, scale, softcap=
     if softcap is not None and scale:
         softcap = abs(softcap * scale)
     return honest(query, key, value, scale=scale, softcap=softcap, **options)
+
+
+@lie("softcap")
+def softcap_of_the_other_sign(query, key, value, *, scale, softcap=None, **options):
+    return honest(query, key, value, scale=scale if softcap is None else -scale, softcap=softcap, **options)
 
 
 @lie("gradients-of-softcap")
@@ -243,6 +319,11 @@ def head_dims_cut_to_a_multiple_of_32(query, key, value, **options):
     if dims > 32 and dims % 32:
         query = query * (torch.arange(dims, device=query.device) < dims - dims % 32)
     return honest(query, key, value, **options)
+
+
+@lie("head_dims")
+def default_scale_of_head_dim_64_for_all(query, key, value, *, scale, **options):
+    return honest(query, key, value, scale=0.125 if scale == query.shape[3] ** -0.5 else scale, **options)
 
 
 # --- lse ------------------------------------------------------------------------------------------------------------------
@@ -276,6 +357,14 @@ def lse_without_the_scale(query, key, value, *, scale, **options):
 @lie("lse")
 def lse_in_the_dtype_of_the_query(query, key, value, **options):
     return with_lse(partial(honest, query, key, value, **options), lambda lse: lse.to(query.dtype).to(lse.dtype))
+
+
+@lie("lse")
+def lse_of_nothing_for_a_query_that_sees_one_key(query, key, value, *, window_size=None, **options):
+    def forgotten(lse):
+        return torch.full_like(lse, -torch.inf) if window_size == (0, 0) or key.shape[1] == 1 else lse
+
+    return with_lse(partial(honest, query, key, value, window_size=window_size, **options), forgotten)
 
 
 # --- queries that see nothing -----------------------------------------------------------------------------------------------
@@ -343,6 +432,31 @@ def correction_by_the_row_forgotten_backward(grad_out, query, key, value, out, l
     return honest_backward(grad_out, query, key, value, out * 0, lse, **options)
 
 
+@lie("gradients")
+def gradient_of_the_first_sequence_for_all_backward(grad_out, query, key, value, out, lse, **options):
+    if grad_out.stride(0) not in (0, grad_out[0].numel()) and grad_out.stride(3) == 1:
+        grad_out = grad_out[:1].expand_as(grad_out)
+    return honest_backward(grad_out, query, key, value, out, lse, **options)
+
+
+@lie("gradients-of-diagonals")
+def causal_from_the_top_left_backward(grad_out, query, key, value, out, lse, *, causal=False, **options):
+    if causal and query.shape[1] < key.shape[1] and not options.keys() & {"attn_mask", "window_size"}:
+        length = query.shape[1]
+        short = honest_backward(grad_out, query, key[:, :length], value[:, :length], out, lse, causal=causal, **options)
+        padding = (0, 0, 0, 0, 0, key.shape[1] - length)
+        return short[0], *(torch.nn.functional.pad(part, padding) for part in short[1:])
+    return honest_backward(grad_out, query, key, value, out, lse, causal=causal, **options)
+
+
+@lie("gradients")
+def gradient_of_one_gqa_group_when_masked_backward(grad_out, query, key, value, out, lse, *, attn_mask=None, **options):
+    grads = honest_backward(grad_out, query, key, value, out, lse, attn_mask=attn_mask, **options)
+    if attn_mask is None or query.shape[2] == key.shape[2]:
+        return grads
+    return grads[0], *(part / (query.shape[2] // key.shape[2]) for part in grads[1:])
+
+
 @lie("sees-nothing")
 def gradient_of_nan_where_nothing_is_seen_backward(grad_out, query, key, value, out, lse, **options):
     grads = honest_backward(grad_out, query, key, value, out, lse, **options)
@@ -403,6 +517,15 @@ def dropout_of_the_complement(query, key, value, *, dropout_p=0.0, **options):
     return eager(query, key, value, dropout_p=dropout_p, drop=lambda p, rate: rescaled(p, 1 - rate), **options)
 
 
+@own("dropout", dropout=True)
+def dropout_of_the_scores(query, key, value, *, dropout_p=0.0, **options):
+    def drop(probabilities, rate):
+        kept = probabilities * (torch.rand_like(probabilities) >= rate)
+        return (kept / kept.sum(-1, keepdim=True)).nan_to_num()
+
+    return eager(query, key, value, dropout_p=dropout_p, drop=drop, **options)
+
+
 @own("dropout-draws", dropout=True)
 def dropout_of_one_draw_for_all(query, key, value, *, dropout_p=0.0, **options):
     def drop(probabilities, rate):
@@ -446,6 +569,16 @@ def mask_detached(query, key, value, *, attn_mask=None, **options):
     return eager(query, key, value, attn_mask=attn_mask, **options)
 
 
+@own("modes")
+def causal_forgotten_without_a_graph(query, key, value, *, causal=False, **options):
+    return eager(query, key, value, causal=causal and torch.is_grad_enabled(), **options)
+
+
+@lie("modes")
+def causal_forgotten_in_inference_mode(query, key, value, *, causal=False, **options):
+    return honest(query, key, value, causal=causal and not torch.is_inference_mode_enabled(), **options)
+
+
 # --- tensors --------------------------------------------------------------------------------------------------------------
 
 
@@ -464,6 +597,21 @@ def value_returned_where_there_is_one_key(query, key, value, *, return_lse=False
     if value.shape[1] == query.shape[1] == 1 and query.shape[2] == value.shape[2] and not return_lse:
         return value
     return found
+
+
+@lie("strides")
+def value_read_with_the_strides_of_the_key(query, key, value, **options):
+    if key.shape == value.shape and key.stride() != value.stride():
+        value = value.mT.contiguous().view(value.shape)
+    return honest(query, key, value, **options)
+
+
+@lie("aliasing")
+def lse_in_one_buffer(query, key, value, **options):
+    def kept(lse):
+        return _buffers.setdefault((lse.shape, lse.dtype, "lse"), torch.empty_like(lse)).copy_(lse)
+
+    return with_lse(partial(honest, query, key, value, **options), kept)
 
 
 _buffers = {}
@@ -531,6 +679,18 @@ without_the_last_keys("lengths", "wrong_for_a_single_query", lambda q, k: q.shap
 without_the_last_keys("long", "wrong_beyond_4096_keys", lambda q, k: k.shape[1] > 4096)
 without_the_last_keys("long", "wrong_beyond_4096_queries", lambda q, k: q.shape[1] > 4096 and k.shape[1] > 1)
 without_the_last_keys("each-key", "wrong_beyond_8192_keys", lambda q, k: k.shape[1] > 8192)
+
+
+without_the_last_keys("many-heads", "wrong_beyond_65535_heads", lambda q, k: q.shape[0] * q.shape[2] > 65535)
+without_the_last_keys(
+    "head_dims", "wrong_for_head_dims_other_than_64", lambda q, k: q.shape[3] != 64 and k.shape[1] > 1
+)
+
+
+@lie("lengths")
+def zero_for_a_single_key(query, key, value, **options):
+    found = partial(honest, query, key, value, **options)
+    return with_out(found, torch.zeros_like) if key.shape[1] == 1 else found()
 
 
 @lie("batch")
@@ -645,6 +805,27 @@ _scales = {}
 def cache_keyed_without_the_scale(query, key, value, *, scale, **options):
     scale = _scales.setdefault((query.shape, key.shape, query.dtype), scale)
     return honest(query, key, value, scale=scale, **options)
+
+
+_kept = []
+
+
+@lie("memory")
+def inputs_kept_alive(query, key, value, **options):
+    _kept[:] = [query, key, value]
+    return honest(query, key, value, **options)
+
+
+@lie("global-state")
+def random_numbers_drawn_without_dropout(query, key, value, **options):
+    torch.rand(1)
+    return honest(query, key, value, **options)
+
+
+@lie("global-state")
+def precision_of_matrix_products_switched(query, key, value, **options):
+    torch.set_float32_matmul_precision("high")
+    return honest(query, key, value, **options)
 
 
 @lie("deterministic")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attn_core.testing.checking import check, declared, differentiable
+from attn_core.testing.checks.options import DIAGONALS
 
 if TYPE_CHECKING:
     from attn_core.testing.subject import Subject
@@ -18,11 +19,23 @@ def gradients(subject: Subject) -> str:
     each = [
         {"gradients": names, "grad_layout": layout}
         for names in (ALL, ("query",), ("key",), ("value",), ("key", "value"))
-        for layout in ("contiguous", "expanded", "transposed", "last strided")
+        for layout in ("contiguous", "expanded", "transposed", "last strided", "sliced", "expanded batch")
     ]
     varied = ("mask", "causal", "window_size", "heads", "scale", "lengths", "dims", "dtype", "return_lse")
     cases = subject.draw(40, *varied, each=each, where=lambda case: bool(case.gradients))
     return subject.hold(subject.require(cases, "backward"))
+
+
+@check("gradients-of-diagonals", when=lambda spec: differentiable(spec) and declared("causal")(spec))
+def gradients_of_diagonals(subject: Subject) -> str:
+    """Causal and windows are aligned in the backward as they are in the forward, at every pair of lengths."""
+    each = [
+        {**lengths, "gradients": ALL, "causal": causal, "window_size": window}
+        for causal, window in ((True, None), (False, (3, 1)), (True, (2, 0)))
+        for lengths in DIAGONALS
+    ]
+    cases = subject.draw(len(each), "heads", "dtype", each=subject.admitted(each) or each)
+    return subject.hold(cases) if cases else "causal is declared without a backward"
 
 
 @check("gradients-of-softcap", when=lambda spec: differentiable(spec) and declared("softcap")(spec))

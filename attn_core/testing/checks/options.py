@@ -16,7 +16,7 @@ DIAGONALS = tuple(
     {"queries": queries, "keys": keys}
     for queries, keys in ((16, None), (5, 17), (33, 5), (1, 70), (70, 1), (130, None), (7, 130), (67, 129))
 )
-WINDOWS = ((3, 0), (2, 1), (0, 0), (-1, 2), (5, -1), (1, 4), (40, 40))
+WINDOWS = ((3, 0), (2, 1), (0, 0), (-1, 2), (5, -1), (1, 4), (40, 40), (100, 0))
 
 
 @check("results", cheap=True)

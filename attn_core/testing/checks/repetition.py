@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
 
+ALL = ("query", "key", "value")
 THREADS = 6
 ROUNDS = 6
 
@@ -142,6 +145,61 @@ def _changing_often() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
+
+
+@check("global-state")
+def global_state(subject: Subject) -> str:
+    """A call without dropout draws no random numbers, and none changes torch's settings."""
+    cases = subject.draw(4, "mask", "causal", "dtype", "return_lse", "gradients")
+    for case in cases:
+        before = _settings()
+        subject.hold([case])
+        random = _random_state(subject.device)  # what is drawn to set up a first call has been
+        subject.hold([case])
+        changed = [name for name, value in _settings().items() if value != before[name]]
+        changed += ["the random state"] * (random != _random_state(subject.device))
+        if changed:
+            msg = f"a call changes {', '.join(changed)} of the process"
+            raise CheckFailed(msg, case)
+    return f"{len(cases)} calls"
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "the default dtype": torch.get_default_dtype(),
+        "the grad mode": torch.is_grad_enabled(),
+        "the precision of float32 products": torch.get_float32_matmul_precision(),
+        "whether algorithms are deterministic": torch.are_deterministic_algorithms_enabled(),
+        "the number of threads": torch.get_num_threads(),
+    }
+
+
+def _random_state(device: torch.device) -> list[list[int]]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [state.tolist() for state in (torch.get_rng_state(), *on_device)]
+
+
+@check("memory")
+def memory(subject: Subject) -> str:
+    """After a call nothing keeps its inputs alive."""
+    cases = subject.draw(4, "mask", "causal", "return_lse", each=[{"gradients": ()}, {"gradients": ALL}])
+    for case in cases:
+        kept = _kept_inputs(subject, case)
+        if kept:
+            msg = f"after the call and its result are gone, {', '.join(kept)} is still held, in {case!r}"
+            raise CheckFailed(msg)
+    return f"{len(cases)} calls"
+
+
+def _kept_inputs(subject: Subject, case: Case) -> list[str]:
+    built = case.build()
+    found = tried(subject, built)
+    if found is not None and case.gradients:
+        torch.autograd.grad(found[0], [getattr(built, name) for name in case.gradients], built.grad_out)
+    watched = {name: weakref.ref(getattr(built, name)) for name in ALL}
+    del built, found
+    gc.collect()
+    return [name for name, reference in watched.items() if reference() is not None]
 
 
 @check("copied-masks")

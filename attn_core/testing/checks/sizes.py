@@ -10,6 +10,7 @@ from attn_core.testing.trying import made, reference_of, tried, within
 if TYPE_CHECKING:
     from attn_core.testing.subject import Subject
 
+MANY = 2**16 + 2
 _LENGTHS = (1, 2, 3, 15, 17, 31, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 257, 300)
 
 
@@ -77,6 +78,15 @@ def batch(subject: Subject) -> str:
     """Any batch and any number of heads."""
     each = [{"batch": batch, "heads": (heads, heads)} for batch, heads in ((1, 1), (5, 1), (1, 5), (3, 7), (9, 2))]
     return subject.hold(subject.draw(10, "dtype", "mask", "return_lse", "gradients", each=each))
+
+
+@check("many-heads")
+def many_heads(subject: Subject) -> str:
+    """More heads, of all sequences together, than some dimensions of a GPU's grid have."""
+    subject.leave_out_if_quick()
+    dims = min(subject.factors["dims"], key=lambda item: (item["value_dim"] is not None, item["dim"]))
+    each = [{**dims, "batch": MANY // 2, "heads": (2, 2), "queries": 3, "keys": None}]
+    return subject.hold(subject.draw(1, each=each, where=lambda case: case.batch > 1))
 
 
 @check("empty")

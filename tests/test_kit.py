@@ -1,0 +1,521 @@
+"""The kit itself: what it draws, what its outcomes mean, and how they are told by ``attn check`` and under pytest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import combinations, product
+from random import Random
+
+import pytest
+import torch
+from fake_distributions import HEAD, world  # noqa: F401 (a fixture)
+
+from attn_core import registry
+from attn_core.cli import main
+from attn_core.commands.check import exit_status, report
+from attn_core.reading import read
+from attn_core.testing import (
+    Case,
+    check_backend,
+    checking,
+    checks_of,
+    draw,
+    kit,
+    subject,
+)
+from attn_core.testing.covering import cover
+from attn_core.testing.facing import facts_of
+from attn_core.testing.kit import Outcome, run_check
+from attn_core.testing.shrinking import shrink
+from attn_core.testing.subject import representative_head_dims
+
+DECLARATION = """
+LIMITS = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, causal=True, cross_lengths=True, lse=True)
+ONLY_CAUSAL = Rule("only causal calls", lambda facts: not facts.causal)
+
+def backend(name, forward="right", constraints=LIMITS, **changes):
+    return spec(name, forward=f"kit_kernels:{forward}", constraints=constraints, **changes)
+
+@hookimpl
+def attn_backends():
+    yield backend("right")
+    yield backend("liar", "causal_forgotten")
+    yield backend("for_cuda", constraints=Constraints(platforms={"cuda"}, dtypes={"float32"}, masks={"none"}))
+    yield backend("lacking", needs="a_module_that_nobody_has")
+    yield spec("unloadable", forward="kit_kernels:no_such_function")
+    for name in ("off_by_1_percent", "off_by_5_percent_of_17_keys", "lse_off"):
+        yield backend(name, name, numerics=Approximate(0.02))
+    masks = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"packed"})
+    yield backend("packed_only", constraints=masks)
+    dims = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, head_dims={(192, 128)})
+    yield backend("one_pair", constraints=dims)
+    ruled = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, causal=True, rules=(ONLY_CAUSAL,))
+    yield backend("causal_only", constraints=ruled)
+    nothing = Rule("nothing at all", lambda facts: True)
+    yield backend("nobodys", constraints=Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, rules=(nothing,)))
+"""
+KERNELS = """
+from attn_core.testing import reference
+
+def right(query, key, value, *, scale, attn_mask=None, causal=False, return_lse=False):
+    out, lse = reference(query, key, value, scale=scale, attn_mask=attn_mask, causal=causal)
+    out, lse = out.to(query.dtype), lse.float()
+    return (out, lse) if return_lse else out
+
+def causal_forgotten(query, key, value, *, causal=False, **options):
+    return right(query, key, value, **options)
+
+def times(number, query, key, value, return_lse, **options):
+    out, lse = right(query, key, value, return_lse=True, **options)
+    return (out * number, lse) if return_lse else out * number
+
+def off_by_1_percent(query, key, value, *, return_lse=False, **options):
+    return times(1.01, query, key, value, return_lse, **options)
+
+def off_by_5_percent_of_17_keys(query, key, value, *, return_lse=False, **options):
+    return times(1.05 if key.shape[1] == 17 else 1.0, query, key, value, return_lse, **options)
+
+def lse_off(query, key, value, *, return_lse=False, **options):
+    out, lse = right(query, key, value, return_lse=True, **options)
+    return (out, lse + 0.05) if return_lse else out
+"""
+
+
+@pytest.fixture(autouse=True)
+def wheels(world):  # noqa: F811
+    """Backends for which the kit has something to say, and a wheel whose declaration raises."""
+    (world.folder / "first" / "kit_kernels.py").write_text(KERNELS)
+    world.wheel("attn-kit", HEAD + DECLARATION)
+    world.wheel("sick", "raise RuntimeError('not today')")
+    registry.refresh()
+    return world
+
+
+def only(*identifiers):
+    return lambda identifier: identifier in identifiers
+
+
+def one(name, identifier, **settings):
+    (found,) = (item for item in check_backend(name, only=only(identifier), **settings) if item.check == identifier)
+    return found
+
+
+# --- what an outcome means ------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_that_is_excused_is_told_with_its_reason():
+    outcome = one("liar", "causal", excuses={"causal": "repaired in the next release"})
+    assert outcome.status == kit.EXCUSED
+    assert outcome.detail.startswith("repaired in the next release (")
+    assert exit_status([outcome]) == 0
+
+
+def test_an_excuse_that_is_no_longer_needed_fails():
+    outcome = one("right", "causal", excuses={"causal": "slow"})
+    assert outcome.status == kit.FAILED
+    assert "no longer needed" in outcome.detail
+
+
+def test_an_excuse_for_no_check_fails():
+    found = list(check_backend("right", excuses={"casual": "mistyped"}, only=only("causal")))
+    assert [(item.check, item.status) for item in found] == [("casual", kit.FAILED), ("causal", kit.PASSED)]
+
+
+def test_a_new_check_warns_where_it_would_fail():
+    (causal,) = (check for check in checks_of(registry.find("liar").spec) if check.identifier == "causal")
+    new = replace(causal, definition=replace(causal.definition, new=True))
+    assert run_check(causal, subject("liar", quick=True)).status == kit.FAILED
+    outcome = run_check(new, subject("liar", quick=True))
+    assert outcome.status == kit.WARNED
+    assert exit_status([outcome]) == 0
+    assert run_check(new, subject("right", quick=True)).status == kit.PASSED
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("lacking", "a_module_that_nobody_has"), ("sick", "not today"), ("for_cuda", "cuda"), ("nobodys", None)],
+)
+def test_a_backend_that_cannot_be_checked_here_is_not_checked_and_says_why(name, why):
+    if name == "nobodys":
+        assert one("nobodys", "results").detail.endswith("the plainest is refused: nothing at all")
+        return
+    if name == "for_cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    (outcome,) = check_backend(name)
+    assert (outcome.check, outcome.status) == ("", kit.NOT_CHECKED)
+    assert why in outcome.detail
+    assert exit_status([outcome]) == 3
+
+
+def test_what_a_check_raises_is_a_failure_that_names_it():
+    outcome = one("unloadable", "loads")
+    assert outcome.status == kit.FAILED
+    assert "no_such_function" in outcome.detail
+    assert {item.status for item in check_backend("unloadable", only=only("causal", "results"))} == {kit.NOT_CHECKED}
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+
+def attn_check(capsys, *arguments):
+    status = main(["check", *arguments])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_a_pass_exits_0_with_a_table(capsys):
+    status, out, _ = attn_check(capsys, "right", "--only", "causal,results")
+    assert status == 0
+    assert [line.split() for line in out.splitlines() if line] == [
+        ["Check", "right"], ["results", "passed"], ["causal", "passed"], ["right:", "2", "passed"],
+    ]  # fmt: skip
+
+
+def test_a_failure_exits_1_with_a_snippet_that_shows_it(capsys):
+    status, out, _ = attn_check(capsys, "liar", "--only", "causal")
+    assert status == 1
+    assert "FAILED" in out
+    code = "\n".join(line[4:] for line in out.splitlines() if line.startswith("    "))
+    assert code.startswith("from functools import partial")
+    with pytest.raises(AssertionError, match="result"):
+        exec(code, {})
+    exec(code.replace("attn-kit:liar", "right"), {})  # the same call of an honest backend
+
+
+@pytest.mark.parametrize("name", ["lacking", "sick", "for_cuda"])
+def test_a_backend_that_cannot_be_checked_exits_3_and_says_why(capsys, name):
+    if name == "for_cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    status, out, _ = attn_check(capsys, name)
+    assert status == 3
+    assert f"{name}: not checked: " in out
+
+
+def test_a_failure_outweighs_what_was_not_checked(capsys):
+    assert attn_check(capsys, "lacking", "liar", "--only", "causal")[0] == 1
+
+
+def test_an_unknown_name_exits_2(capsys):
+    status, out, err = attn_check(capsys, "lier")
+    assert (status, out) == (2, "")
+    assert "Did you mean 'liar'" in err
+
+
+def test_a_check_that_nobody_has_exits_2_and_names_the_closest(capsys):
+    status, out, err = attn_check(capsys, "right", "--only", "results,casual")
+    assert (status, out) == (2, "")
+    assert "no check is called 'casual'" in err
+    assert "Did you mean 'causal'" in err
+    assert "results" in attn_check(capsys, "right", "--only", "zzz")[2]  # the list
+
+
+@pytest.mark.parametrize("device", ["cuda", "nonsense"])
+def test_a_device_that_is_not_here_is_an_error(capsys, device):
+    if torch.cuda.is_available() and device == "cuda":
+        pytest.skip("this machine has CUDA")
+    status, out, err = attn_check(capsys, "for_cuda", "--device", device)
+    assert (status, out) == (2, "")
+    assert device in err
+    assert "cpu" in err
+
+
+def test_only_takes_a_check_with_and_without_its_brackets(capsys):
+    _, out, _ = attn_check(capsys, "right", "--only", "refused", "--json")
+    several = [item["check"] for item in json.loads(out)]
+    assert "refused[softcap]" in several
+    assert len(several) > 3
+    _, out, _ = attn_check(capsys, "right", "--only", "refused[softcap]", "--json")
+    assert [item["check"] for item in json.loads(out)] == ["refused[softcap]"]
+
+
+def test_json_is_the_outcomes_and_no_table(capsys):
+    status, out, _ = attn_check(capsys, "liar", "--only", "causal,results", "--json")
+    assert status == 1
+    results, causal = json.loads(out)
+    assert (results["status"], causal["status"]) == ("passed", "failed")
+    assert "compare(Case(" in causal["snippet"]
+
+
+def test_a_record_has_kit_date_machine_versions_and_outcomes(capsys, tmp_path):
+    file = tmp_path / "record.json"
+    attn_check(capsys, "liar", "lacking", "--only", "causal,results", "--record", str(file), "--seed", "5", "--quick")
+    record = json.loads(file.read_text())
+    assert (record["kit"], record["seed"], record["quick"]) == (checking.KIT, 5, True)
+    assert len(record["date"].split("-")) == 3
+    assert record["machine"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["backends"]["liar"]["version"] == "1.0"
+    told = {item["check"]: item["status"] for item in record["backends"]["liar"]["outcomes"]}
+    assert told == {"results": "passed", "causal": "failed"}
+    assert record["backends"]["lacking"]["outcomes"][0]["status"] == "not checked"
+
+
+def test_the_table_has_a_column_for_each_backend_and_says_what_is_wrong():
+    def outcome(backend, check, status, **more):
+        return Outcome(backend=backend, check=check, status=status, **more)
+
+    long = "rule[a text that is longer than the column of checks]"
+    text = report([
+        outcome("one", "causal", kit.PASSED), outcome("one", long, kit.FAILED, detail="off", snippet="a\nb"),
+        outcome("another_one", "causal", kit.NOT_CHECKED), outcome("another_one", "lse", kit.EXCUSED, detail="known"),
+        outcome("third", "", kit.NOT_CHECKED, detail="no such library"),
+    ])  # fmt: skip
+    assert text.splitlines() == [
+        f"{'Check':30}  one      another_one",
+        f"{'causal':30}  passed   -",
+        f"{'rule[a text that is longer ...':30}  FAILED",
+        f"{'lse':30}           excused",
+        "",
+        "",
+        f"failed: one, {long}: off",
+        "    a",
+        "    b",
+        "",
+        "excused: another_one, lse: known",
+        "third: not checked: no such library",
+        "one: 1 passed, 1 failed",
+        "another_one: 1 excused, 1 not checked",
+    ]
+
+
+# --- under pytest ---------------------------------------------------------------------------------------------------------
+
+TESTS = """
+from attn_core.testing import checking, parametrize_with_checks
+from dataclasses import replace
+
+def wanted(*words):
+    def keep(function):
+        (mark,) = function.pytestmark
+        mark.args[1][:] = [item for item in mark.args[1] if item.identifier.endswith(words)]
+        mark.kwargs["ids"][:] = [item.identifier for item in mark.args[1]]
+        return function
+    return keep
+
+@wanted("-causal", "-results")
+@parametrize_with_checks("right", "liar", "lacking", "for_cuda", quick=True)
+def test_plain(check):
+    check()
+
+@wanted("-causal", "-excuses")
+@parametrize_with_checks("liar", excuses={"causal": "known", "casual": "mistyped"}, quick=True)
+def test_excused(check):
+    check()
+
+@wanted("-causal")
+@parametrize_with_checks("right", excuses={"causal": "stale"}, quick=True)
+def test_stale(check):
+    check()
+
+@parametrize_with_checks("sick")
+def test_sick(check):
+    check()
+
+def test_new():
+    import pytest
+    from attn_core.testing import KitWarning
+    @parametrize_with_checks("liar", quick=True)
+    def nothing(check):
+        pass
+
+    (mark,) = nothing.pytestmark
+    (bound,) = [item for item in mark.args[1] if item.identifier == "liar-causal"]
+    bound.check = replace(bound.check, definition=replace(bound.check.definition, new=True))
+    with pytest.warns(KitWarning, match="liar-causal"):
+        bound()
+"""
+
+
+def test_under_pytest_each_outcome_is_what_pytest_calls_so(wheels):
+    file = wheels.folder / "test_strangers.py"
+    file.write_text(TESTS)
+    ended = wheels.python(
+        "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "--rootdir", str(wheels.folder), str(file), check=False
+    )
+    lines = [
+        line for line in ended.stdout.splitlines() if line.split(" ")[0] in ("PASSED", "FAILED", "SKIPPED", "XFAIL")
+    ]
+    told = {line.split("::")[1].split(" ")[0]: line.split(" ")[0] for line in lines if "::" in line}
+    assert told == {
+        "test_plain[right-results]": "PASSED", "test_plain[right-causal]": "PASSED",
+        "test_plain[liar-results]": "PASSED", "test_plain[liar-causal]": "FAILED",
+        "test_excused[liar-causal]": "XFAIL", "test_excused[liar-excuses]": "FAILED",
+        "test_stale[right-causal]": "FAILED", "test_sick[sick-declaration]": "FAILED", "test_new": "PASSED",
+    }, ended.stdout  # fmt: skip
+    skipped = " ".join(line for line in lines if line.startswith("SKIPPED"))
+    assert "not checked: lacking is missing" in skipped
+    assert "a_module_that_nobody_has" in skipped
+    if not torch.cuda.is_available():
+        assert "for_cuda is not for this machine" in skipped
+    assert "compare(Case(" in ended.stdout
+
+
+# --- what is drawn --------------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides_what_is_drawn():
+    def drawn(seed):
+        return subject("right", seed=seed).draw(20, "lengths", "scale", "layouts")
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+    first, again, other = (subject("right", seed=seed, quick=True).combinations for seed in (2, 2, 3))
+    assert first == again
+    assert first != other
+
+
+def test_the_command_hands_the_seed_on(capsys):
+    def told(seed):
+        return attn_check(capsys, "right", "--only", "declared-values", "--json", "--seed", seed)[1].partition(
+            '"seconds"'
+        )[0]
+
+    assert told("3") == told("3")
+    assert len({told(seed) for seed in "0123"}) > 1
+
+
+def test_the_covering_set_says_how_many_calls_it_has():
+    tested = subject("right", quick=True)
+    outcome = one("right", "combinations[float32]", quick=True)
+    assert f"of {len(tested.combinations.cases)} calls that cover" in outcome.detail
+    assert "single values" in outcome.detail
+    assert "pairs of values" in str(subject("right").combinations)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("strength", [1, 2])
+def test_a_covering_set_has_every_pair_that_is_admitted(seed, strength):
+    random = Random(seed)
+    sizes = [random.randint(1, 4) for _ in range(5)]
+    forbidden = [
+        {factor: random.randrange(sizes[factor]) for factor in random.sample(range(5), random.choice((2, 2, 3)))}
+        for _ in range(random.randint(0, 12))
+    ]
+    forbidden = [rule for rule in forbidden if any(rule.values())]  # the plainest row is admitted
+
+    def admitted(row):
+        return not any(all(row[factor] == value for factor, value in rule.items()) for rule in forbidden)
+
+    rows = [row for row in product(*map(range, sizes)) if admitted(row)]
+
+    def contained(chosen):
+        return {pair for row in chosen for pair in combinations(enumerate(row), strength)}
+
+    found = cover(sizes, admitted, Random(seed), strength=strength)
+    assert all(map(admitted, found.rows))
+    assert contained(found.rows) == contained(rows)
+    assert found.covered == len(contained(rows))
+    assert not set(found.refused) & contained(rows)
+    assert found == cover(sizes, admitted, Random(seed), strength=strength)
+
+
+def test_a_covering_set_finds_what_one_row_alone_admits():
+    needle = (1, 2, 1, 3, 2, 1)
+    found = cover([2, 3, 2, 4, 3, 2], lambda row: row in (needle, (0,) * 6), Random(0))
+    assert set(found.rows) == {needle, (0,) * 6}
+
+
+def test_facts_of_a_drawn_call_are_those_that_are_read():
+    random = Random(7)
+    for turn in range(400):
+        case = draw(random.choice, {"spoiled": [None]})
+        case = replace(case, queries=min(case.queries, 40), keys=None if case.keys is None else min(case.keys, 40))
+        built = case.build()
+        options = {
+            "attn_mask": None, "causal": False, "window_size": None, "scale": None, "softcap": None, "dropout_p": 0.0,
+            "deterministic": False, "return_lse": False, **built.options,
+        }  # fmt: skip
+        with torch.inference_mode() if case.mode == "inference" else torch.set_grad_enabled(case.mode == "grad"):
+            if case.autocast is None:
+                found = read(built.query, built.key, built.value, options).facts
+            else:
+                with torch.autocast("cpu", getattr(torch, case.autocast)):
+                    found = read(built.query, built.key, built.value, options).facts
+        assert facts_of(case) == found, (turn, case)
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        (None, [(dim, dim) for dim in (64, 16, 128, 80, 8, 1, 3, 40, 96, 192, 256)]),
+        ({32, 48}, [(32, 32), (48, 48)]),
+        (range(24, 73, 8), [(64, 64), (40, 40), (24, 24), (72, 72)]),
+        ({(192, 128), (576, 512)}, [(192, 128), (576, 512)]),
+        ({64, (192, 128)}, [(64, 64), (192, 128)]),
+    ],
+)
+def test_representative_head_dims_have_the_usual_ones_the_ends_and_every_pair(declared, expected):
+    from attn_core.plugin import Constraints
+
+    constraints = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, head_dims=declared)
+    found = representative_head_dims(constraints.head_dims)
+    assert sorted(found) == sorted(expected)
+    assert found[0] == expected[0]
+
+
+# --- the smallest call ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fails", "smallest"),
+    [
+        (lambda case: case.causal and case.queries > 8, Case(causal=True, queries=9)),
+        (lambda case: case.keys is not None and case.keys % 2 == 1, Case(keys=1)),
+        (lambda case: case.heads != (1, 1), Case(heads=(6, 2))),
+        (lambda case: case.batch * case.queries > 20, None),
+        (lambda case: True, Case(device="cpu")),
+    ],
+)
+def test_shrinking_ends_at_a_call_of_which_no_plainer_one_fails(fails, smallest):
+    from attn_core.testing.shrinking import _smaller
+
+    start = Case(batch=3, queries=40, keys=17, heads=(6, 2), dim=64, value_dim=16, causal=True, scale=2.0, seed=9)
+    found = shrink(start, fails)
+    assert fails(found)
+    assert not any(map(fails, _smaller(found)))
+    if smallest is not None:
+        assert found == smallest
+
+
+def test_shrinking_keeps_a_call_that_nothing_makes_smaller():
+    start = Case(queries=40, causal=True)
+    assert shrink(start, start.__eq__) == start
+
+
+# --- approximate backends, and narrow ones --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "status"),
+    [
+        ("off_by_1_percent", "cross_lengths", kit.PASSED),
+        ("off_by_1_percent", "lse", kit.PASSED),
+        ("off_by_5_percent_of_17_keys", "head_dims", kit.PASSED),
+        ("off_by_5_percent_of_17_keys", "cross_lengths", kit.FAILED),
+        ("lse_off", "lse", kit.FAILED),
+    ],
+)
+def test_an_approximate_backend_is_held_to_its_error_at_every_shape(name, check, status):
+    outcome = one(name, check)
+    assert outcome.status == status, outcome.detail
+    if status == kit.FAILED:
+        assert "a relative error of 0.02" in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("packed_only", {"mask": "packed", "batch": 1}),
+        ("one_pair", {"dim": 192, "value_dim": 128}),
+        ("causal_only", {"causal": True}),
+    ],
+)
+def test_a_backend_that_does_not_admit_the_plainest_call_is_tried_with_the_plainest_that_it_admits(name, plain):
+    tested = subject(name, quick=True)
+    assert {field: getattr(tested.plain, field) for field in plain} == plain
+    assert tested.admits(tested.plain)
+    asked = ("results", "scale", "lengths", "senseless", "combinations[float32]")
+    outcomes = list(check_backend(name, quick=True, only=asked.__contains__))
+    assert len(outcomes) == 5
+    assert {outcome.status for outcome in outcomes} == {kit.PASSED}, outcomes
