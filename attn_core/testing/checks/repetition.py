@@ -17,7 +17,7 @@ from attn_core.guard import Raised, attempt
 from attn_core.masks import Description
 from attn_core.probe import devices
 from attn_core.testing.checking import check
-from attn_core.testing.outcomes import CheckFailed
+from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.subject import Subject
 from attn_core.testing.trying import made, reference_of, tried, within
 
@@ -82,6 +82,9 @@ def other_devices(subject: Subject) -> str:
     """The same call on one device and then on another."""
     others = [Subject(subject.row, place, subject.seed, quick=True) for place in devices() if place != subject.device]
     others = [other for other in others if other.alternatives]
+    if not others:
+        msg = "this machine has no other device that it is for"
+        raise NotChecked(msg)
     cases = subject.draw(3, "causal", "mask")
     tries = 0
     for case in cases:
@@ -90,7 +93,7 @@ def other_devices(subject: Subject) -> str:
             if place.admits(moved):
                 place.hold_one(moved)
                 tries += 1
-    return f"{tries} calls on {1 + len(others)} device{'s' * bool(others)}"
+    return f"{tries} calls on {1 + len(others)} devices"
 
 
 @check("threads")
