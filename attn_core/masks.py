@@ -95,6 +95,9 @@ class KeyPadding(Description):
 class Packed(Description):
     """Sequences laid end to end in a batch of one, each attending to itself, the causal diagonal its own.
 
+    Its tensors may be changed in place, to offsets with the same longest sequence or a shorter one. Inference tensors are
+    copied when it is made, so that a change of the originals is no change of it.
+
     Args:
         cu_seqlens_q: int32 tensor (N + 1,): where each sequence starts among the queries, beginning with 0 and
             ending with Sq.
@@ -131,15 +134,19 @@ class Packed(Description):
                 f"{_describe(cu_seqlens_q)} and {_describe(cu_seqlens_k)}"
             )
             raise CallRefused(msg)
-        super().__init__(cu_seqlens_q, cu_seqlens_k)
         self._made_traced = _traced(cu_seqlens_q, cu_seqlens_k)
-        self._longest = (max_seqlen_q, max_seqlen_k)
         if not self._made_traced:
-            self._first_lengths = (self._read_lengths("q"), self._read_lengths("k"))
+            cu_seqlens_q, cu_seqlens_k = _counted(cu_seqlens_q, cu_seqlens_k)
+        super().__init__(cu_seqlens_q, cu_seqlens_k)
+        self._longest = (max_seqlen_q, max_seqlen_k)
+        self._totals: tuple[int, int] | None = None
+        if not self._made_traced:
+            lengths_q, lengths_k = self._read_lengths("q"), self._read_lengths("k")
             self._longest = (
-                _longest("q", self._first_lengths[0], max_seqlen_q),
-                _longest("k", self._first_lengths[1], max_seqlen_k),
+                _longest("q", lengths_q, max_seqlen_q),
+                _longest("k", lengths_k, max_seqlen_k),
             )
+            self._totals = (sum(lengths_q), sum(lengths_k))
 
     @property
     def cu_seqlens_q(self) -> torch.Tensor:
@@ -171,19 +178,24 @@ class Packed(Description):
         """The length of each sequence among the keys; None in traced code, which reads no values."""
         return self._lengths("k")
 
+    @property
+    def totals(self) -> tuple[int, int] | None:
+        """How many queries and keys the sequences have together; in traced code those that it was made with, or None."""
+        lengths_q, lengths_k = self.lengths_q, self.lengths_k
+        if lengths_q is None or lengths_k is None:
+            return self._totals
+        return sum(lengths_q), sum(lengths_k)
+
     def _lengths(self, side: str) -> list[int] | None:
-        """As they are now. Of inference tensors as they were when this was made: to look again would wait for the GPU."""
         if self._made_traced or _traced(*self._tensors):
             return None
-        if any(tensor.is_inference() for tensor in self._tensors):
-            return self._first_lengths["qk".index(side)]
         return self.prepared(("lengths", side), lambda: self._read_lengths(side))
 
     def _read_lengths(self, side: str) -> list[int]:
         """Copy them from the device, and refuse offsets that make no sense."""
-        lengths = _lengths(f"cu_seqlens_{side}", self._tensors["qk".index(side)])
-        if hasattr(self, "_first_lengths"):  # changed in place since it was made
-            _longest(side, lengths, self._longest["qk".index(side)])
+        place = "qk".index(side)
+        lengths = _lengths(f"cu_seqlens_{side}", self._tensors[place])
+        _longest(side, lengths, self._longest[place])  # it may have been changed in place since it was made
         return lengths
 
     def __repr__(self) -> str:
@@ -200,6 +212,13 @@ def _traced(*tensors: torch.Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or any(type(tensor) is not torch.Tensor for tensor in tensors)
     )
+
+
+def _counted(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The same tensors; of inference tensors, which don't count their changes, copies that do."""
+    with torch.inference_mode(mode=False):
+        copies = {tensor: tensor.clone() if tensor.is_inference() else tensor for tensor in tensors}
+    return [copies[tensor] for tensor in tensors]  # what was one tensor stays one
 
 
 def _describe(value: object) -> str:

@@ -307,12 +307,13 @@ def _check_packed(mask: Packed, query: torch.Tensor, key: torch.Tensor) -> None:
         msg = f"attn_mask: Packed with a batch of {query.shape[0]}; accepted: sequences laid end to end in a batch of 1"
         raise CallRefused(msg)
     _check_mask_device(mask.cu_seqlens_q.device, query.device)
-    for label, lengths, length in (("q", mask.lengths_q, query.shape[1]), ("k", mask.lengths_k, key.shape[1])):
-        total = length if lengths is None else sum(lengths)  # in traced code values can't be read
+    totals = mask.totals
+    if totals is None:  # made in traced code, which reads no values
+        return
+    for label, total, length in (("q", totals[0], query.shape[1]), ("k", totals[1], key.shape[1])):
         if total != length:
-            msg = (
-                f"attn_mask: Packed.cu_seqlens_{label} ends with {total}; accepted: the length of the tensor, {length}"
-            )
+            found, accepted = len(range(total)), len(range(length))  # plain numbers: Dynamo writes no symbolic ones
+            msg = f"attn_mask: Packed.cu_seqlens_{label} ends with {found}; accepted: the length of the tensor, {accepted}"
             raise CallRefused(msg)
 
 

@@ -245,10 +245,29 @@ def test_offsets_changed_in_place_are_never_stale(inference):
         packed.cu_seqlens_q[1] = 5
         expected = attention(query, query, query, attn_mask=Packed(torch.tensor([0, 5, 6], dtype=torch.int32)))
         torch.testing.assert_close(attention(query, query, query, attn_mask=packed), expected)
-    if not inference:
         packed.cu_seqlens_q[2] = 7
         with pytest.raises(CallRefused, match="max_seqlen_q|ends with 7"):
             attention(query, query, query, attn_mask=packed)
+
+
+@pytest.mark.parametrize("backend", ["native", "native_math"])
+def test_inference_offsets_changed_afterwards_change_no_part_of_a_description(backend):
+    with torch.inference_mode():
+        query = torch.randn(1, 6, 2, 16)
+        offsets = torch.tensor([0, 3, 6], dtype=torch.int32)
+        packed = Packed(offsets)
+        expected = attention(query, query, query, attn_mask=packed, backend=backend)
+        offsets[1] = 5
+        torch.testing.assert_close(attention(query, query, query, attn_mask=packed, backend=backend), expected)
+        assert (packed.lengths_q, packed.max_seqlen_q) == ([3, 3], 3)
+        assert packed.cu_seqlens_q.tolist() == [0, 3, 6]
+        assert packed.cu_seqlens_q is packed.cu_seqlens_k
+        count = []
+        for _ in range(2):
+            packed.prepared("counted", lambda: count.append(1))
+        assert len(count) == 1
+        again = attention(query, query, query, attn_mask=Packed(offsets), backend=backend)
+        assert not torch.allclose(again, expected)
 
 
 def test_a_refusal_names_who_accepts_the_call():

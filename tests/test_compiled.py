@@ -187,6 +187,27 @@ def test_options_masks_and_autocast_reach_the_adapter_in_compiled_code():
         assert [out.dtype for out in call(Q, keep, 0.7)] == [torch.bfloat16] * 4
 
 
+def sequences(*ends):
+    return Packed(torch.tensor([0, *ends], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_offsets_made_outside_are_held_to_the_tensors_with_no_graph_for_each_length(dynamic):
+    counter = CompileCounter()
+    call = torch.compile(
+        lambda query, packed: attention(query, query, query, attn_mask=packed, backend="native_math"),
+        fullgraph=True, backend=counter, dynamic=dynamic,
+    )  # fmt: skip
+    for length in (24, 31, 40, 50, 57):
+        query, packed = torch.randn(1, length, 2, 8), sequences(length // 3, length)
+        expected = attention(query, query, query, attn_mask=packed, backend="native_math")
+        torch.testing.assert_close(call(query, packed), expected)
+    assert counter.frame_count <= 2
+    for packed in (sequences(8, 23), sequences(8, 25)):
+        with pytest.raises(Exception, match=r"cu_seqlens_q ends with \d+; accepted: the length of the tensor, "):
+            call(torch.randn(1, 24, 2, 8), packed)
+
+
 def test_lse_is_detached_in_compiled_code():
     query = Q.clone().requires_grad_()
     out, lse = compiled(lambda query: attention(query, query, query, return_lse=True, backend="alpha"))(query)

@@ -151,6 +151,8 @@ def attend(form: Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
         options["block_mask"] = torch_flex.BlockMask(  # Blocks has its order; torch 2.6 and 2.8 can't trace _asdict
             lengths, *operands.blocks, (BLOCK, BLOCK), _mask_function(form, operands)
         )
+    if query.device.type == "cpu":
+        query, key = _wide(query), _wide(key)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     result: Any = torch_flex.flex_attention(
         query, key, value, scale=1.0 if form.scale is None else form.scale, **options
@@ -159,6 +161,17 @@ def attend(form: Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
         return result.transpose(1, 2)
     out, extra = result
     return out.transpose(1, 2), extra if isinstance(extra, torch.Tensor) else extra.lse
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Pad the head dim with zeros to 24, which changes no score.
+
+    Below that, where the head dim and the last keys, short of 16, are whole vectors, torch's code for CPU computes and
+    stores scores of 16 keys all the same, beyond the end of its buffers (CppMicroGemmFP32Vec with a transposed B; seen on
+    torch 2.13 with AVX2: head dims of 8 and 16, eight keys more than a multiple of 16).
+    """
+    missing = 24 - tensor.shape[3]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing > 0 else tensor
 
 
 def _score_function(form: Form, operands: Operands) -> Callable[..., torch.Tensor]:

@@ -75,7 +75,8 @@ def prepare(
         low=_scalar(low, torch.int32, device) if form.low else None,
         high=_scalar(high, torch.int32, device) if form.high else None,
         factor=None if usual else _scalar(scale, torch.float32, device),
-        softcap=None if softcap is None else _scalar(softcap, torch.float32, device),
+        # a cap above 1e30 changes no score, and may be too much for float32
+        softcap=None if softcap is None else _scalar(min(softcap, 1e30), torch.float32, device),
         blocks=blocks,
     )
 

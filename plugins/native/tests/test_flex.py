@@ -176,6 +176,28 @@ def test_is_right(case):
     assert_right(*make(*sizes, **more), **options)
 
 
+def leave_nan_in_freed_memory():
+    sizes = (64, 256, 512, 1024, 2048, 4096, 8192, 65536)
+    _ = [torch.full((size,), float("nan")) for size in sizes for _ in range(4)]
+
+
+@COMPILED
+@pytest.mark.parametrize("head_dim", [8, 16])
+@pytest.mark.parametrize("keys", [8, 12, 40])
+def test_small_head_dims_are_right_whatever_lies_beyond_the_last_key(head_dim, keys):
+    for _ in range(3):
+        made = tensors(2, 9, keys, head_dim=head_dim)
+        leave_nan_in_freed_memory()
+        assert_right(*made)
+
+
+@COMPILED
+@pytest.mark.parametrize("softcap", [1e-45, 1e-6, 1e6, 3e38, 1e39, 1e308])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_any_softcap_is_right(softcap, dtype):
+    assert_right(*tensors(1, 9, 8, dtype=dtype), softcap=softcap)
+
+
 @COMPILED
 def test_everything_together_is_right_at_several_lengths_with_few_compilations():
     before = graphs()
