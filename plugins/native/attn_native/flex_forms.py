@@ -146,11 +146,9 @@ def attend(form: Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     if form.scores:
         options["score_mod"] = _score_function(form, operands)
     if operands.blocks is not None:
-        options["block_mask"] = torch_flex.BlockMask(
-            seq_lengths=(query.shape[1], key.shape[1]),
-            BLOCK_SIZE=(BLOCK, BLOCK),
-            mask_mod=_mask_function(form, operands),
-            **operands.blocks._asdict(),
+        lengths = (query.shape[1], key.shape[1])
+        options["block_mask"] = torch_flex.BlockMask(  # Blocks has its order; torch 2.8 can't trace _asdict
+            lengths, *operands.blocks, (BLOCK, BLOCK), _mask_function(form, operands)
         )
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     result: Any = torch_flex.flex_attention(
