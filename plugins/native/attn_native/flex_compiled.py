@@ -157,7 +157,7 @@ def _advice(error: Exception, text: str) -> str:
         )
     if "TritonMissing" in text:
         return "torch.compile found no Triton, which flex needs on this device: pip install triton, or use backend 'native'"
-    if "Python.h" in text:
+    if "Python.h: No such file" in text or "'Python.h' file not found" in text:
         return (
             "torch.compile found no Python headers. Install them (apt install python3-dev, dnf install python3-devel), "
             "or use backend 'native'"
