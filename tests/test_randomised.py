@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attn_core import AttnError, attention
+from attn_core.requirements import library_reason
 from attn_core.testing import assert_close, bounds, compare, draw, reference
+from attn_native.specs.flex import FLEX
 
 DEVICES = [
     "cpu",
@@ -32,7 +34,7 @@ BACKENDS = {  # of the calls that make sense, how many at least are admitted, by
     "native_flash": {"cpu": 0.1, "cuda": 0.02},
     "native_efficient": {"cpu": 0.0, "cuda": 0.05},
     "native_cudnn": {"cpu": 0.0, "cuda": 0.01},
-    "flex": {"cpu": 0.9, "cuda": 0.5},
+    "flex": {"cpu": 0.9 if library_reason(FLEX.alternatives[0].library) is None else 0.0, "cuda": 0.5},
 }
 PLAIN_SHARES = {"native": 0.95, "native_flash": 0.1, "native_efficient": 0.1, "native_cudnn": 0.05}
 """The same for calls drawn from ``PLAIN``; on a CPU nothing reaches the kernels that are CUDA's alone."""

@@ -12,11 +12,16 @@ from torch._dynamo.utils import counters
 from attn_core.errors import BackendNotUsable
 from attn_core.facts import Facts
 from attn_core.masks import KeyPadding, Packed, visible_mask
+from attn_core.requirements import library_reason
 from attn_core.testing.reference import reference
 from attn_native import flex, flex_blocks, flex_compiled, flex_operands
 from attn_native.specs.flex import FLEX
 
 SCALE = 0.2
+ON_CPU, ON_CUDA = (library_reason(constraints.library) for constraints in FLEX.alternatives)
+if ON_CUDA is not None:
+    pytest.skip(f"flex {ON_CUDA}", allow_module_level=True)
+COMPILED = pytest.mark.skipif(ON_CPU is not None, reason=f"flex on CPU {ON_CPU}")
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -163,6 +168,7 @@ CASES = {
 }
 
 
+@COMPILED
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_is_right(case):
@@ -170,6 +176,7 @@ def test_is_right(case):
     assert_right(*make(*sizes, **more), **options)
 
 
+@COMPILED
 def test_everything_together_is_right_at_several_lengths_with_few_compilations():
     before = graphs()
     for queries, keys in ((140, 150), (170, 233), (190, 250)):
@@ -178,6 +185,7 @@ def test_everything_together_is_right_at_several_lengths_with_few_compilations()
     assert graphs() - before <= 2
 
 
+@COMPILED
 def test_padding_hides_keys_and_a_row_that_sees_nothing_is_zero():
     query, key, value = tensors(2, 140, 150)
     mask = padding(2, 150)
@@ -185,11 +193,13 @@ def test_padding_hides_keys_and_a_row_that_sees_nothing_is_zero():
     assert not flex.forward(query, key, value, scale=SCALE, attn_mask=mask)[0].any()
 
 
+@COMPILED
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_packed_sequences_see_themselves(causal):
     assert_right(*tensors(1, 180, 190), attn_mask=packed(180, 190), causal=causal)
 
 
+@COMPILED
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [(1, 1, 1, 1), (0, 1, 1, 0), (1, 0, 1, 0), (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 0, 0)])
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -199,6 +209,7 @@ def test_masks_broadcast(given, kind):
     assert_right(*tensors(2, 140, 150), attn_mask=mask, window_size=(-1, 30))
 
 
+@COMPILED
 def test_a_decoding_loop_compiles_a_few_times_not_once_per_length():
     before = graphs()
     for keys in range(130, 256, 5):
@@ -239,6 +250,7 @@ def test_requires_grad_without_grad_mode_is_admitted(quick):
 # --- inside a user's compiled code --------------------------------------------------------------------------------------
 
 
+@COMPILED
 @pytest.mark.parametrize(
     ("dynamic", "kind"),
     [
