@@ -116,7 +116,13 @@ def _opaque(
     return result
 
 
-@torch.library.custom_op("attn_native::flex_cpu", mutates_args=())
+_SCHEMA = (  # written out, since torch 2.6 can't read list[Tensor] from a signature, not even to import this
+    "(Tensor query, Tensor key, Tensor value, Tensor[] mask, str kind, float scale, int left, int right, float? softcap)"
+    " -> Tensor"
+)
+
+
+@torch.library.custom_op("attn_native::flex_cpu", mutates_args=(), schema=_SCHEMA)
 def _flex_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
