@@ -47,7 +47,7 @@ def summed_heads(grad: torch.Tensor, key_heads: int) -> torch.Tensor:
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """Lay the head dim out densely: the CPU kernel reads it as if it were, and the CUDA ones refuse."""
+    """Lay the last dimension out densely: the CPU kernel reads it as if it were, and the CUDA ones refuse."""
     if not _TRACES_STRIDES and torch.compiler.is_dynamo_compiling():
         return tensor.contiguous()
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
