@@ -44,7 +44,11 @@ def test_a_scope_that_a_compiled_generator_left_open_is_refused_not_obeyed():
             yield query * 2
             yield query
 
-    compiled(lambda query: next(steps(query)), fullgraph=True)(Q)
+    try:
+        compiled(lambda query: next(steps(query)), fullgraph=True)(Q)
+    except torch._dynamo.exc.Unsupported:  # torch 2.14
+        assert not selection.traced_scopes
+        pytest.skip("this torch compiles no function that leaves a generator suspended")
     if not selection.traced_scopes:
         pytest.skip("this torch closes the generator")
     with pytest.raises(Exception, match=told("still open outside that code")):

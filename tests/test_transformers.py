@@ -170,6 +170,9 @@ def test_packed_position_ids_match_eager():
     torch.testing.assert_close(found["attn"], found["eager"], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="torch 2.6 can't trace transformers 5 itself (use_cache in co_varnames)"
+)
 def test_compiled_model_matches_eager():
     torch.manual_seed(0)
     model = llama().eval()

@@ -4,7 +4,7 @@ What the kernel is known to get wrong is kept away from it (seen on torch 2.13):
 
 - without a mask it takes the maximum of fewer than 16 scores past NaN, and answers 0 to a query whose scores are all NaN;
 - its exp in half precision is off by 5e-5, and so is its lse: where that is asked for, it computes in float32;
-- it reads a float32 mask on float64 wrongly, and a head dim that is not laid out densely;
+- it reads a float32 mask on float64 wrongly, and a head dim that is not laid out densely, or on torch 2.6 a mask's keys;
 - it reports an lse of 0 for a query that sees nothing, and its backward makes NaN of -inf there.
 """
 
@@ -83,7 +83,7 @@ def forward(
         unit_stride(value).transpose(1, 2),
         0.0,
         causal,
-        attn_mask=mask,
+        attn_mask=None if mask is None else unit_stride(mask),
         scale=scale,
     )
     out = out.transpose(1, 2)
@@ -117,6 +117,7 @@ def backward(
     key_heads, head_dim, value_head_dim = key.shape[2], query.shape[3], value.shape[3]
     query, key, value = _alike(query, key, value)
     width = query.shape[3]
+    mask = additive(attn_mask, query.dtype)
     grads = _FLASH_BACKWARD(
         unit_stride(widened(grad_out, width)).transpose(1, 2),
         unit_stride(query).transpose(1, 2),
@@ -126,7 +127,7 @@ def backward(
         infinite_lse(lse),
         0.0,
         causal,
-        attn_mask=additive(attn_mask, query.dtype),
+        attn_mask=None if mask is None else unit_stride(mask),
         scale=scale,
     )
     grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
+_TRACES_STRIDES = torch.__version__ >= "2.8"
+"""Whether code that is traced may look at the strides of a gradient; torch 2.6 and 2.7 forbid it in a backward."""
+
 
 def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     """Move a scale of 0 or below into the query: the kernels scale what they have masked with -inf already.
@@ -47,7 +50,9 @@ def summed_heads(grad: torch.Tensor, key_heads: int) -> torch.Tensor:
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """Lay the head dim out densely: the CPU kernel reads it as if it were, and the CUDA ones refuse."""
+    """Lay the last dimension out densely: the CPU kernel reads it as if it were, and the CUDA ones refuse."""
+    if not _TRACES_STRIDES and torch.compiler.is_dynamo_compiling():
+        return tensor.contiguous()
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 

@@ -116,7 +116,7 @@ def _opaque(
     return result
 
 
-_SCHEMA = (  # written out, since torch 2.6 can't read list[Tensor] from a signature
+_SCHEMA = (  # written out, since torch 2.6 can't read list[Tensor] from a signature, not even to import this
     "(Tensor query, Tensor key, Tensor value, Tensor[] mask, str kind, float scale, int left, int right, float? softcap)"
     " -> Tensor"
 )

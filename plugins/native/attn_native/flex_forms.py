@@ -148,7 +148,7 @@ def attend(form: Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
         options["score_mod"] = _score_function(form, operands)
     if operands.blocks is not None:
         lengths = (query.shape[1], key.shape[1])
-        options["block_mask"] = torch_flex.BlockMask(  # Blocks has its order; torch 2.6 and 2.8 can't trace _asdict
+        options["block_mask"] = torch_flex.BlockMask(  # Blocks has its order; torch 2.8 can't trace _asdict
             lengths, *operands.blocks, (BLOCK, BLOCK), _mask_function(form, operands)
         )
     if query.device.type == "cpu":

@@ -20,7 +20,7 @@ import torch
 
 from attn_core.masks import Description, visible_mask
 from attn_native import aten
-from attn_native.aten_inputs import aligned, in_graph
+from attn_native.aten_inputs import aligned, in_graph, unit_stride
 from attn_native.math import blind_queries, narrowed
 from attn_native.math import forward as math_forward
 
@@ -253,7 +253,7 @@ def _on_cpu(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout_p, causal, attn_mask=mask, scale=scale
+        q, k, v, dropout_p, causal, attn_mask=None if mask is None else unit_stride(mask), scale=scale
     )
     return out.transpose(1, 2).to(dtype), lse.detach().clone() if out.requires_grad else lse
 

@@ -214,6 +214,24 @@ def test_gradients_arriving_expanded_or_strided_are_read_right() -> None:
                 torch.testing.assert_close(item.double(), right, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded"])
+def test_a_mask_whose_keys_are_not_side_by_side_is_read_right(layout: str) -> None:
+    """torch 2.6 reads it as if they were."""
+    inputs = [torch.randn(1, 20, 2, 8) for _ in range(3)]
+    mask = {
+        "strided": lambda: torch.randn(1, 2, 20, 40)[..., ::2],
+        "transposed": lambda: torch.randn(1, 2, 20, 20).transpose(2, 3),
+        "expanded": lambda: torch.randn(1, 2, 20, 1).expand(1, 2, 20, 20),
+    }[layout]()
+    exact = [item.double().requires_grad_() for item in inputs]
+    right, right_lse = reference(*exact, scale=0.3, attn_mask=mask.double())
+    wanted = torch.autograd.grad(right.sum(), exact)
+    out, lse = flash_forward(*inputs, scale=0.3, attn_mask=mask, return_lse=True)
+    found = flash_backward(torch.ones_like(out), *inputs, out, lse, scale=0.3, attn_mask=mask)
+    for item, expected in zip((out, lse, *found), (right, right_lse, *wanted), strict=True):
+        torch.testing.assert_close(item.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [*range(1, 20), 31, 33, 513, 514])
 @pytest.mark.parametrize("causal", [False, True])

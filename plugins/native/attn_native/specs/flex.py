@@ -12,7 +12,8 @@ _FORWARD_MODE = No("flex_attention has no forward-mode derivative")
 
 _CPU = Constraints(
     platforms={"cpu"},
-    library="torch!=2.7.*,!=2.8.*",  # where there are threads, the C++ that these generate lacks braces and does not compile
+    # With several threads the C++ that torch 2.7 and 2.8 generate lacks braces; 2.6 fails where both functions read tensors.
+    library="torch>=2.9",
     dtypes=_DTYPES,
     masks=_MASKS,
     causal=True,
@@ -33,6 +34,7 @@ _CPU = Constraints(
 
 _CUDA = Constraints(
     platforms={"cuda"},
+    library="torch>=2.8",  # before, flex_attention takes head dims that are powers of two only
     compute_capability=CapabilityRange((8, 0)),
     dtypes=_DTYPES,
     head_dims=range(16, 257),  # below 16 the Triton kernel refuses (tl.dot)
