@@ -29,6 +29,9 @@ torch.testing.assert_close(out, expected.transpose(1, 2))
 out.sum().backward()
 """
 
+IMPORT = "from collections.abc import Iterator"
+"""The first line of a declaration that does something."""
+
 Rows = dict[str, tuple[str, str]]
 """Status and reason of each backend, by distribution and name."""
 
@@ -120,7 +123,7 @@ def play_newer(machine: Machine, before: Rows) -> None:
     package = machine.write(
         "newer",
         project=("attn-core>=0.1,<1", "attn-core>=99"),
-        plugin=("import", "raise SystemExit('imported')\nimport"),
+        plugin=(IMPORT, f"raise SystemExit('imported')\n{IMPORT}"),
     )
     machine.install_built(package, "--wheel", "--no-isolation")
     after = machine.rows()
@@ -132,7 +135,7 @@ def play_newer(machine: Machine, before: Rows) -> None:
 
 def play_broken(machine: Machine, before: Rows) -> None:
     """A wheel whose declaration raises has a row that says so."""
-    package = machine.write("boom", plugin=("import", "raise RuntimeError('boom went the declaration')\nimport"))
+    package = machine.write("boom", plugin=(IMPORT, f"raise RuntimeError('boom went the declaration')\n{IMPORT}"))
     machine.install_built(package, "--wheel", "--no-isolation")
     after = machine.rows()
     status, reason = after["boom-attn:boom"]
