@@ -10,6 +10,7 @@ import pytest
 import torch
 from old_torch import FOLLOWS_SCOPES, follows_scopes, told
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from attn_core import AttnError, KeyPadding, Packed, attention, bind, selection, set_backend, use_backend
 
@@ -159,6 +160,46 @@ def test_refusals_are_loud_in_compiled_code(fullgraph):
     ) as caught:
         call(Q)
     assert fullgraph or isinstance(caught.value, AttnError)
+
+
+STACK, TANGENT = torch.randn(3, *Q.shape), torch.randn(Q.shape)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("name", ["vmap", "grad", "jvp"])
+def test_function_transforms_in_compiled_code_are_refused_unless_declared(name, fullgraph):
+    run = {
+        "vmap": lambda call: torch.vmap(call)(STACK),
+        "grad": lambda call: torch.func.grad(lambda query: call(query).sum())(Q),
+        "jvp": lambda call: torch.func.jvp(call, (Q,), (TANGENT,)),
+    }[name]
+
+    def of(backend):
+        return lambda: run(lambda query: attention(query, query, query, backend=backend))
+
+    for backend in ("gamma", "native"):
+        with pytest.raises(Exception, match="vmap: not supported") as caught:
+            torch.compile(of(backend), fullgraph=fullgraph, backend="aot_eager")()
+        assert fullgraph or isinstance(caught.value, AttnError)
+    if name != "jvp":  # torch can't compile a jvp of what it transposes, and says so
+        found = torch.compile(of("native_math"), fullgraph=fullgraph, backend="aot_eager")()
+        torch.testing.assert_close(found, of("native_math")())
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_forward_mode_around_compiled_code_is_refused_unless_declared(fullgraph):
+    def call(query, backend):
+        return attention(query, query, query, backend=backend)
+
+    expected = torch.func.jvp(lambda query: call(query, "native_math"), (Q,), (TANGENT,))[1]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(Q, TANGENT)
+        run = torch.compile(call, fullgraph=fullgraph, backend="aot_eager")
+        for backend in ("gamma", "native"):
+            with pytest.raises(Exception, match="forward_mode: not supported") as caught:
+                run(dual, backend)
+            assert fullgraph or isinstance(caught.value, AttnError)
+        torch.testing.assert_close(forward_ad.unpack_dual(run(dual, "native_math")).tangent, expected)
 
 
 def test_bad_input_is_refused_in_compiled_code():
