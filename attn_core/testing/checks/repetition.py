@@ -185,6 +185,7 @@ def _random_state(device: torch.device) -> list[list[int]]:
 @check("memory")
 def memory(subject: Subject) -> str:
     """After a call nothing keeps its inputs alive."""
+    subject.leave_out_if_quick()
     cases = subject.draw(4, "mask", "causal", "return_lse", each=[{"gradients": ()}, {"gradients": ALL}])
     for case in cases:
         kept = _kept_inputs(subject, case)
