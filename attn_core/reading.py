@@ -328,7 +328,8 @@ def mask_facts(mask: Any, autocast: torch.dtype | None) -> dict[str, Any]:
         return {}
     if isinstance(mask, Description):
         return {"mask": mask.kind}
-    broadcast = tuple(size == 1 for size in mask.shape)
+    # asked with an if: comparing a symbolic size alone gives a symbolic bool, which Dynamo makes no constant of
+    broadcast = tuple(True if size == 1 else False for size in mask.shape)  # noqa: SIM210
     if mask.dtype == torch.bool:
         return {"mask": "bool", "mask_broadcast": broadcast}
     return {
