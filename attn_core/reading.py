@@ -226,6 +226,8 @@ def has_tangent(*tensors: Any) -> bool:
     """Whether forward-mode differentiation reaches any of these."""
     if torch.autograd.forward_ad._current_level < 0:
         return False
+    if torch.compiler.is_dynamo_compiling():  # it goes on into eager calls after a graph break, and shows no tangents
+        return True
     unpack: Any = torch.autograd.forward_ad.unpack_dual
     return any(isinstance(item, torch.Tensor) and unpack(item).tangent is not None for item in tensors)
 
