@@ -55,6 +55,7 @@ def forward(
     """
     scores = _scores(query, key, scale)
     if softcap is not None:
+        softcap = _finite_cap(softcap, scores.dtype)
         scores = softcap * torch.tanh(scores / softcap)
     scores, blind = _masked(scores, query, key, attn_mask, causal=causal, window_size=window_size)
     probabilities = torch.softmax(scores, -1)
@@ -109,8 +110,10 @@ def backward(
         Gradients of query, key and value, each in the shape and dtype of its tensor.
     """
     scores = _scores(query, key, scale)
-    bent = None if softcap is None else torch.tanh(scores / softcap)
-    if softcap is not None and bent is not None:
+    bent = None
+    if softcap is not None:
+        softcap = _finite_cap(softcap, scores.dtype)
+        bent = torch.tanh(scores / softcap)
         scores = softcap * bent
     scores, blind = _masked(scores, query, key, attn_mask, causal=causal, window_size=window_size)
     probabilities = torch.exp(scores - lse[..., None].to(scores.dtype))
@@ -189,6 +192,11 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
     """The scaled scores, (B, Hq, Sq, Skv)."""
     scores = (_rows(query, key.shape[2]) * scale) @ _heads_first(key).transpose(-1, -2)
     return scores.reshape(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+
+
+def _finite_cap(softcap: float, dtype: torch.dtype) -> float:
+    """A cap that changes no score, in place of one that overflows in ``dtype``, or would times a gradient."""
+    return min(softcap, 1e150 if dtype == torch.float64 else 1e30)
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
