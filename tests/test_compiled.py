@@ -148,6 +148,17 @@ def test_dynamic_lengths_are_compiled_once():
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("once", [(2, 1), (1, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_dense_mask_of_any_lengths_is_compiled(dynamic, once):
+    call = compiled(lambda query, key, mask: attention(query, key, key, attn_mask=mask), dynamic=dynamic)
+    for queries, keys in ((20, 30), (40, 50)):
+        query, key = torch.randn(2, queries, 3, 8), torch.randn(2, keys, 3, 8)
+        shape = [1 if place in once else size for place, size in enumerate((2, 3, queries, keys))]
+        for mask in (torch.rand(shape) < 0.7, torch.randn(shape)):
+            torch.testing.assert_close(call(query, key, mask), attention(query, key, key, attn_mask=mask))
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_refusals_are_loud_in_compiled_code(fullgraph):
     call = torch.compile(

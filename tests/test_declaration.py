@@ -94,3 +94,34 @@ def test_the_library_of_a_backward_is_asked_for_where_a_gradient_may_be():
     )
     assert refusals(spec, Facts()) == []
     assert refusals(spec, Facts(backward=True)) == ["needs nosuchlibrary>=2, which is not installed"]
+
+
+NO_MASK = No("the kernel of this device takes no mask")
+ON_GPU = {"platform": "cuda", "compute_capability": (9, 0), "dtype": "float16"}
+
+
+def alternatives(*constraints):
+    return BackendSpec(api=1, name="acme", summary="Acme", forward="acme:forward", constraints=constraints)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_refusal_is_in_the_words_of_the_alternative_for_the_device_of_the_call(order):
+    here = Constraints(
+        platforms={"cuda"}, dtypes={"float16"}, masks={"none": True, "bool": NO_MASK}, softcap=No("none here")
+    )
+    elsewhere = Constraints(platforms={"cpu"}, dtypes={"float16"}, masks={"none", "bool"}, softcap=True)
+    spec = alternatives(*(here, elsewhere)[::order])
+    facts = Facts(**ON_GPU, mask="bool", softcap=True)
+    for found in (spec.reasons(facts), refusals(spec, facts)):
+        assert found == here.reasons(facts)
+        assert len(found) > len(elsewhere.reasons(facts)), "another device's alternative has fewer reasons"
+
+
+def test_of_two_alternatives_for_one_device_that_with_fewer_reasons_speaks():
+    wide = Constraints(platforms={"cuda"}, dtypes={"float16"}, masks={"none"}, head_dims={256})
+    near = Constraints(platforms={"cuda"}, dtypes={"float16"}, masks={"none", "bool"}, head_dims={64})
+    older = Constraints(
+        platforms={"cuda"}, compute_capability={(8, 0)}, dtypes={"float16"}, masks={"none", "bool"}, head_dims={128}
+    )
+    facts = Facts(**ON_GPU, mask="bool", head_dim=128, value_head_dim=128)
+    assert alternatives(wide, older, near).reasons(facts) == near.reasons(facts) != []

@@ -123,6 +123,24 @@ def test_blocks_visit_all_that_is_visible_and_skip_the_mask_only_where_nothing_i
         assert not visited.all()
 
 
+@pytest.mark.parametrize(
+    ("queries", "heads", "forced"),
+    [
+        ((1, 64, 300), (4, 4), False),
+        ((1, 32, 64), (4, 2), False),  # 64 queries of 2 heads are one block of 128 rows
+        ((65, 100, 127, 300), (4, 2), True),
+        ((32,), (8, 2), False),
+        ((33,), (8, 2), True),
+        ((1, 42), (6, 2), True),  # the kernel for short queries takes groups of powers of two
+    ],
+)
+def test_grouped_queries_beyond_one_block_are_kept_from_the_kernel_for_short_queries(queries, heads, forced):
+    for length in queries:
+        query, key, _ = tensors(1, length, 300, *heads)
+        form, _ = flex_operands.prepare(query, key, None, SCALE, -1, -1, None, lse=False)
+        assert form.forced is forced, length
+
+
 def test_the_block_mask_is_made_once_for_lengths_and_again_for_others():
     query, key, _ = tensors(1, 300, 300)
     first, second = (flex_operands.prepare(query, key, None, SCALE, -1, 0, None, lse=False)[1].blocks for _ in range(2))
