@@ -260,17 +260,6 @@ def test_offsets_made_outside_are_held_to_the_tensors_with_no_graph_for_each_len
             call(torch.randn(1, 24, 2, 8), packed)
 
 
-@pytest.mark.parametrize("once", [(2, 1), (1, 2), (1, 3), (2, 3)])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_dense_mask_of_any_lengths_is_compiled(dynamic, once):
-    call = compiled(lambda query, key, mask: attention(query, key, key, attn_mask=mask), dynamic=dynamic)
-    for queries, keys in ((20, 30), (40, 50)):
-        query, key = torch.randn(2, queries, 3, 8), torch.randn(2, keys, 3, 8)
-        shape = [1 if place in once else size for place, size in enumerate((2, 3, queries, keys))]
-        for mask in (torch.rand(shape) < 0.7, torch.randn(shape)):
-            torch.testing.assert_close(call(query, key, mask), attention(query, key, key, attn_mask=mask))
-
-
 def test_lse_is_detached_in_compiled_code():
     query = Q.clone().requires_grad_()
     out, lse = compiled(lambda query: attention(query, query, query, return_lse=True, backend="alpha"))(query)

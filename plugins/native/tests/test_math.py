@@ -85,7 +85,7 @@ BLIND = {  # of nine queries on six keys, the first three see nothing
     "float": lambda: {"attn_mask": _rows_hidden(torch.randn(1, 2, 9, 6), -torch.inf)},
     "causal": lambda: {"causal": True},
     "causal and bool": lambda: {"causal": True, "attn_mask": torch.ones(1, 1, 9, 6, dtype=torch.bool)},
-    "window": lambda: {"window_size": (0, 0)},
+    "window": lambda: {"window_size": (1, 0)},
     "packed": lambda: {"attn_mask": Packed(*(torch.tensor(n, dtype=torch.int32) for n in ([0, 3, 9], [0, 0, 6])))},
 }
 
