@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -122,6 +123,16 @@ _SCHEMA = (  # written out, since torch 2.6 can't read list[Tensor] from a signa
 )
 
 
+def _dispatch_keys() -> tuple[Any, Any]:
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+with ThreadPoolExecutor(1) as _fresh:
+    _ORDINARY_KEYS = _fresh.submit(_dispatch_keys).result()
+"""What a thread dispatches by when nothing has changed it. Inside an operator keys are switched off, and Dynamo, compiling
+there, fails or fixes lengths that it does not guard (seen on torch 2.13)."""
+
+
 @torch.library.custom_op("attn_native::flex_cpu", mutates_args=(), schema=_SCHEMA)
 def _flex_cpu(
     query: torch.Tensor,
@@ -139,7 +150,8 @@ def _flex_cpu(
         attn_mask = KeyPadding(mask[0])
     elif kind == "packed":
         attn_mask = Packed(mask[0], mask[1])
-    out: torch.Tensor = eager(query, key, value, attn_mask, scale, left, right, softcap, lse=False)
+    with torch._C._ForceDispatchKeyGuard(*_ORDINARY_KEYS):
+        out: torch.Tensor = eager(query, key, value, attn_mask, scale, left, right, softcap, lse=False)
     return out.contiguous()
 
 

@@ -291,6 +291,24 @@ def test_requires_grad_without_grad_mode_is_admitted(quick):
 
 
 @COMPILED
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_first_call_of_a_kind_may_be_a_compiled_one(inference):
+    """flex is then compiled inside an operator, for one length and later for others."""
+    heads = 7 if inference else 5  # a kind that no other test has compiled before
+
+    def model(query, key, value):
+        return flex.forward(query, key, value, scale=SCALE)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.inference_mode(inference):
+        for length in (33, 70, 130, 40):
+            query, key, value = tensors(2, length, length, heads=heads, key_heads=heads)
+            expected, _ = reference(query, key, value, scale=SCALE)
+            torch.testing.assert_close(compiled(query, key, value).double(), expected, rtol=0, atol=1e-5)
+
+
+@COMPILED
 @pytest.mark.parametrize(
     ("dynamic", "kind"),
     [
