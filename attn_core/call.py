@@ -10,7 +10,7 @@ import torch
 
 from attn_core import selection
 from attn_core.admission import admit
-from attn_core.errors import BackendNotUsable
+from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
@@ -159,6 +159,12 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             attn_mask=attn_mask, causal=causal, scale=scale, window_size=window_size, softcap=softcap,
             dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse, backend=backend, parallel=parallel,
         )  # fmt: skip
+    if parallel is not None:
+        options = {
+            "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
+            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+        }  # fmt: skip
+        return _first_call(None, query, key, value, options, backend)
     # The rest of this function is on the way of every call and is written for speed: facts into a key, one look-up.
     try:
         shape, dtype = query.shape, query.dtype
@@ -208,9 +214,10 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             if _autocast_enabled() or _transforms_active() or _forward_ad._current_level >= 0
             else None,
         )  # fmt: skip
-        found = _remembered(kind) if parallel is None else None
+        found = _remembered(kind)
     except (
         AttributeError,
+        CallRefused,
         RuntimeError,
         TypeError,
         ValueError,
@@ -219,7 +226,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
     if found is None:
         options = {
             "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
-            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": None,
         }  # fmt: skip
         return _first_call(kind, query, key, value, options, backend)
     run, usual_scale, brought = found
@@ -296,11 +303,32 @@ def _surroundings(query: Any, *others: Any) -> tuple[Any, ...]:
     return autocast_dtype(query.device.type), _transforms_active(), has_tangent(query, *others)
 
 
+def look_for_scopes(look: bool) -> None:  # noqa: FBT001 - the one thing it is told
+    """Have calls look for a scope of ``use_parallel``, or not: where none is open, nothing is paid for them."""
+    global _remembered  # noqa: PLW0603 - what the call looks up by
+    _remembered = _remembered_outside_scopes if look else _memory.get
+
+
+def _remembered_outside_scopes(kind: Any) -> Any:
+    from attn_core.parallel.scope import in_force
+
+    return None if in_force() is not None else _memory.get(kind)
+
+
 # --- the first call of a kind -----------------------------------------------------------------------------------------
 
 
 def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
     """Read a call with care, admit it or refuse it, run it, check what came out, and remember the outcome."""
+    parallel = options["parallel"]
+    if parallel is None and _remembered is _remembered_outside_scopes:
+        from attn_core.parallel.scope import in_force
+
+        parallel = in_force()
+    if parallel is not None:
+        from attn_core.parallel.attending import parallel_attention
+
+        return parallel_attention(parallel, query, key, value, options, backend)
     admitted, call = resolve(query, key, value, options, backend)
     brought = {name: option for name, option in call.options.items() if name in _BROUGHT}
     fixed = {name: option for name, option in call.options.items() if name not in _BROUGHT and name != "scale"}
