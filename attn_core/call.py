@@ -303,7 +303,7 @@ def _surroundings(query: Any, *others: Any) -> tuple[Any, ...]:
     return autocast_dtype(query.device.type), _transforms_active(), has_tangent(query, *others)
 
 
-def look_for_scopes(look: bool) -> None:  # noqa: FBT001 - the one thing it is told
+def look_for_scopes(look: bool) -> None:
     """Have calls look for a scope of ``use_parallel``, or not: where none is open, nothing is paid for them."""
     global _remembered  # noqa: PLW0603 - what the call looks up by
     _remembered = _remembered_outside_scopes if look else _memory.get

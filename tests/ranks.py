@@ -26,7 +26,7 @@ class Ranks:
         timeout: of the group, in seconds.
     """
 
-    def __init__(self, world: int = 8, timeout: float = 60.0) -> None:
+    def __init__(self, world: int = 8, timeout: float = 20.0) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -71,8 +71,8 @@ def agree_on_lengths(cp: ContextParallel, query: int, key: int) -> tuple[Layout,
 
 def exchange(cp: ContextParallel, said: dict[str, Any]) -> list[dict[str, Any]]:
     """What all ranks say at this point; refused on each where they are not at the same point or mean different calls."""
-    number = cp.shared.exchanges = cp.shared.exchanges + 1
-    heard = exchanged(cp, str(number), said)
+    cp.shared.exchanges += 1
+    heard = exchanged(cp, said)
     described = [
         _flat({name: one for name, one in other.items() if name in ("stage", "kind", "backend")}) for other in heard
     ]

@@ -10,7 +10,7 @@ from attn_core import reading, selection
 from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import KeyPadding, Packed
 from attn_core.parallel.agreement import agree_on_lengths, agreed
-from attn_core.parallel.context import ContextParallel, context
+from attn_core.parallel.context import ContextParallel
 from attn_core.parallel.faults import told
 from attn_core.parallel.gathering import gathered, taken
 from attn_core.parallel.heads import Spread, shares
@@ -18,6 +18,7 @@ from attn_core.parallel.kind import READ_LATER, Kind
 from attn_core.parallel.layout import Layout, even
 from attn_core.parallel.merge import wide
 from attn_core.parallel.ring import ring
+from attn_core.parallel.scope import suspended
 from attn_core.parallel.ulysses import all_rows, spreads, to_heads, to_positions
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def parallel_attention(parallel: Any, query: Any, key: Any, value: Any, options:
     if not isinstance(parallel, ContextParallel):
         msg = f"parallel: found {parallel!r}; accepted: a ContextParallel of attn_core.parallel, or None"
         raise CallRefused(msg)
+    parallel.shared.calls += 1
+    parallel.shared.points = 0
     with told(parallel):
         reading.check_tensors(query, key, value)
         checked = reading.checked_options({**options, "parallel": None})
@@ -247,7 +250,8 @@ class _Call:
         elif kind.mode == "hybrid":
             out, lse = ring(query, key, value, _tensors(mask), text)
         else:
-            out, lse = self._attend(kind, query, key, value, mask)
+            with told(self.cp), suspended():
+                out, lse = self._attend(kind, query, key, value, mask)
         out = to_positions([out], [spread], text)[0]
         if not kind.return_lse:
             return out, lse

@@ -32,16 +32,20 @@ class Shared:
     Attributes:
         layouts: of the sequences that were sharded, or told of.
         latest: the last of them.
+        calls: how many were begun; the same on every rank, so that a failure belongs to a call.
+        points: at how many points of the call that is going on the ranks have spoken.
         exchanges: how often the ranks have spoken to one another.
+        spoken: the keys of the store under which this rank has done so, until all have read them.
         kinds: of calls that all ranks have agreed on, with what was prepared for them.
-        blamed: failures that were raised here already, by rank.
     """
 
     layouts: dict[Layout, None] = field(default_factory=dict)
     latest: Layout | None = None
+    calls: int = 0
+    points: int = 0
     exchanges: int = 0
+    spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
-    blamed: dict[int, str] = field(default_factory=dict)
 
 
 class ContextParallel:

@@ -42,26 +42,26 @@ def timeout_of(cp: ContextParallel) -> float:
 
 
 def note(cp: ContextParallel, error: BaseException) -> None:
-    """Tell the others why this rank takes no further part."""
-    text = f"{type(error).__name__}: {error}\n{time.time_ns()}"  # the time makes each note another one
+    """Tell the others why this rank takes no further part in the call that it is in."""
+    said = {"call": cp.shared.calls, "text": f"{type(error).__name__}: {error}"}
     with suppress(Exception):  # the store may be gone with the rank that held it
-        store().set(_failure(cp, dist.get_rank()), text)
+        store().set(_failure(cp, dist.get_rank()), json.dumps(said))
 
 
-def notes(cp: ContextParallel) -> dict[int, str]:
-    """What other ranks have told so."""
+def notes(cp: ContextParallel, since: int) -> dict[int, str]:
+    """What other ranks have told so, of this call or one ``since``: what was refused before belongs to nobody waiting now."""
     found = {}
     with suppress(Exception):  # as above
         for rank in cp.ranks:
             if rank != dist.get_rank() and store().check([_failure(cp, rank)]):
-                found[rank] = store().get(_failure(cp, rank)).decode()
-    return {rank: text for rank, text in found.items() if cp.shared.blamed.get(rank) != text}
+                said = json.loads(store().get(_failure(cp, rank)))
+                if said["call"] >= since:
+                    found[rank] = said["text"]
+    return found
 
 
-def _named(cp: ContextParallel, failed: dict[int, str]) -> str:
-    """Say who failed of what, once: a rank that goes on afterwards is not blamed again."""
-    cp.shared.blamed.update(failed)
-    return "; ".join(f"rank {rank} failed: {text.rpartition(chr(10))[0]}" for rank, text in sorted(failed.items()))
+def _named(failed: dict[int, str]) -> str:
+    return "; ".join(f"rank {rank} failed: {text}" for rank, text in sorted(failed.items()))
 
 
 @contextmanager
@@ -82,29 +82,31 @@ def blamed(cp: ContextParallel, doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told_by = notes(cp)
+        told_by = notes(cp, cp.shared.calls - 1)  # it may have failed in the call before, when this rank had its part
         if told_by:
-            msg = f"parallel: {_named(cp, told_by)} (noticed by rank {dist.get_rank()} while {doing})"
+            msg = f"parallel: {_named(told_by)} (noticed by rank {dist.get_rank()} while {doing})"
         else:
             msg = f"parallel: rank {dist.get_rank()} got no answer while {doing}: {error}"
         raise RankFailed(msg) from error
 
 
-def exchanged(cp: ContextParallel, key: str, said: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every rank of the grid says under one key, in the order of the grid.
+def exchanged(cp: ContextParallel, said: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank of the grid says at this point of this call, in the order of the grid.
 
     Raises:
         RankFailed: a rank has failed, or says nothing within the group's timeout.
     """
     place = store()
-    keys = {rank: f"attn_core/{cp.name}/{key}/{rank}" for rank in cp.ranks}
+    point = f"{cp.shared.calls}/{cp.shared.points}"
+    cp.shared.points += 1
+    keys = {rank: f"attn_core/{cp.name}/{point}/{rank}" for rank in cp.ranks}
     place.set(keys[dist.get_rank()], json.dumps(said))
     silent, pause, end = set(keys), _PAUSE, time.monotonic() + timeout_of(cp)
     while silent:
         silent = {rank for rank in silent if not place.check([keys[rank]])}
-        failed = {rank: text for rank, text in notes(cp).items() if rank in silent} if silent else {}
+        failed = notes(cp, cp.shared.calls) if silent else {}
         if failed:
-            msg = f"parallel: {_named(cp, failed)} (noticed by rank {dist.get_rank()} before anything was sent)"
+            msg = f"parallel: {_named(failed)} (noticed by rank {dist.get_rank()} before anything was sent)"
             raise RankFailed(msg)
         if silent and time.monotonic() > end:
             msg = (
@@ -116,7 +118,11 @@ def exchanged(cp: ContextParallel, key: str, said: dict[str, Any]) -> list[dict[
         if silent:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-    return [json.loads(place.get(keys[rank])) for rank in cp.ranks]
+    heard = [json.loads(place.get(keys[rank])) for rank in cp.ranks]
+    for key in cp.shared.spoken:  # all are here, so all have read what was said before
+        place.delete_key(key)
+    cp.shared.spoken[:] = [keys[dist.get_rank()]]
+    return heard
 
 
 def _failure(cp: ContextParallel, rank: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from attn_core.errors import CallRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from attn_core.parallel.context import ContextParallel
@@ -56,6 +58,16 @@ class use_parallel:  # noqa: N801 - a context manager reads as a verb
     ) -> None:
         _in_force.reset(self._tokens.pop())
         _count(-1)
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """No scope inside: the call that is a part of a call is on this rank alone."""
+    token = _in_force.set(None)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
 
 
 def _count(step: int) -> None:
