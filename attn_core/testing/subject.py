@@ -257,8 +257,10 @@ class Subject:
             Different cases; none where none is admitted.
         """
         random = self.random(f"{varied} {each}")
+        if self.spec.first_call_compiles:
+            return self._drawn_again(random.sample(list(each), len(each)), where)
         found: dict[Case, None] = {}
-        wanted = self._thinned(count, len(each))
+        wanted = max(count // 5, 3) if self.quick else max(count, len(each))
         if wanted < len(each):
             each = random.sample(list(each), len(each))
         for turn in range(8 * max(wanted, len(each))):
@@ -272,10 +274,14 @@ class Subject:
                 break
         return list(found)
 
-    def _thinned(self, count: int, at_least: int) -> int:
-        if self.spec.first_call_compiles:
-            return 1
-        return max(count // 5, 3) if self.quick else max(count, at_least)
+    def _drawn_again(self, each: Sequence[Fragment], where: Callable[[Case], bool] | None) -> list[Case]:
+        """One call: where each kind takes seconds to compile, one that other checks make too, or else a plain one."""
+        plain = [self.case(self.plain_fragment, item) for item in each]
+        known = (case for case in (self.plain, *self.combinations.cases) if any(_has(case, item) for item in each))
+        for case in (*known, *plain):
+            if self.admits(case) and (where is None or where(case)):
+                return [case]
+        return []
 
     def admitted(self, each: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of these fields with which a call that is plain otherwise is admitted."""
@@ -383,6 +389,10 @@ class Subject:
             raise NotChecked(msg)
         msg = f"it declares {ability}, but admits no call with it that is plain otherwise"
         raise CheckFailed(msg)
+
+
+def _has(case: Case, fragment: Fragment) -> bool:
+    return all(getattr(case, name) == value for name, value in fragment.items())
 
 
 def said_of(alternative: Constraints, ability: str) -> Any:
