@@ -89,6 +89,8 @@ def forward(
     out = out.transpose(1, 2)
     if value.shape[3] != width:
         out = out[..., :width]
+    if query.dtype == torch.float64:
+        lse = lse.double()  # it is; a fake one is float32 before torch 2.13
     return (out, hide_blind(lse, attn_mask, keys=key.shape[1], causal=causal)) if return_lse else out
 
 

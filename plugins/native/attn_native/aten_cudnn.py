@@ -180,9 +180,16 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return aligned(tensor.contiguous())
 
 
-@lru_cache
 def _stats_rank(device: torch.device) -> int:
     """How many dimensions torch's cuDNN ops give the lse: 3 in older versions, 4 in newer ones, and no way to ask."""
+    return _stats_rank_tried(device)
+
+
+_stats_rank._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo asks while it traces, and can't trace the try
+
+
+@lru_cache
+def _stats_rank_tried(device: torch.device) -> int:
     probe = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=device)
     return int(_CUDNN(probe, probe, probe, None, True)[1].dim())
 
