@@ -21,6 +21,7 @@ import torch
 from attn_core.masks import Description, visible_mask
 from attn_native import aten
 from attn_native.aten_inputs import aligned, in_graph, unit_stride
+from attn_native.aten_masks import brought_near
 from attn_native.math import blind_queries, narrowed
 from attn_native.math import forward as math_forward
 
@@ -102,10 +103,13 @@ def forward(
         query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     mask, blind = _mask(query, key, attn_mask, causal=causal, window_size=window_size, tell=return_lse)
     causal = causal and mask is None
+    far = None
     if mask is not None and query.is_cuda:
-        mask = _readable_mask(mask, key.shape[1])
+        near, far = brought_near(mask, query.shape[1], key.shape[1])
+        mask = _readable_mask(cast("torch.Tensor", near), key.shape[1])
     if return_lse:
-        return _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
+        out, lse = _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
+        return out, lse if far is None else lse + far
     out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
 
