@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_native.aten_inputs import aligned, infinite_lse, positive_scale, query_sign, widened
+from attn_core.shaping import aligned, infinite_lse, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
     from attn_core.masks import Packed
-    from attn_native.aten_inputs import Tensors
+    from attn_core.shaping import Tensors
 
 _FLASH = torch.ops.aten._flash_attention_forward.default
 _FLASH_BACKWARD = torch.ops.aten._flash_attention_backward.default

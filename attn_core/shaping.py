@@ -1,4 +1,4 @@
-"""What SDPA prepares before it calls a kernel, and a caller of the op has to prepare itself."""
+"""Tensors as kernels want them: scales above 0, head dims of a width, rows that can be read 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def in_graph(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
     """
     _LIBRARY.define(f"{function.__name__}(Tensor tensor) -> Tensor")
     _LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
-    operator: Callable[[torch.Tensor], torch.Tensor] = getattr(torch.ops.attn_native, function.__name__).default
+    operator: Callable[[torch.Tensor], torch.Tensor] = getattr(torch.ops.attn_core, function.__name__).default
     return operator
 
 
@@ -77,7 +77,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-_LIBRARY = torch.library.Library("attn_native", "DEF")
+_LIBRARY = torch.library.Library("attn_core", "DEF")
 _aligned_in_graph = in_graph(aligned)
 
 
