@@ -86,6 +86,17 @@ def infinite_lse(lse: torch.Tensor) -> torch.Tensor:
     return lse.masked_fill(lse == float("-inf"), float("inf"))
 
 
+def natural_lse(lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The lse of FlashAttention-2, which is +inf both for a query that sees nothing (result 0) and for one that met a NaN.
+
+    Args:
+        lse: (B, H, S), or (H, N) of a packed call.
+        out: the result, (B, S, H, D) or (N, H, D).
+    """
+    blind_or_nan = out.detach()[..., 0].transpose(-1, -2).to(lse.dtype) - float("inf")
+    return torch.where(lse == float("inf"), blind_or_nan, lse)
+
+
 def needs_graph(*tensors: Any) -> bool:
     """Whether a gradient may be asked of any of these."""
     if not torch.is_grad_enabled():
