@@ -208,15 +208,19 @@ def _form(query: torch.Tensor, key: torch.Tensor, attn_mask: KeyPadding | Packed
 
 
 def _shaped(kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
-    width, value_width = kernel.widths(query.shape[3], value.shape[3], query.device)
-    return _fitted(query, width), _fitted(key, width), _fitted(value, value_width)
-
-
-def _fitted(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """A tensor of a width that is a multiple of 8, aligned; the commonest kind at a third of the cost."""
-    if not _is_traced() and tensor.is_contiguous() and tensor.shape[3] == width and not tensor.storage_offset() % 8:
-        return tensor
-    return aligned(widened(tensor, width))
+    head_dim, value_head_dim = query.shape[3], value.shape[3]
+    width, value_width = kernel.widths(head_dim, value_head_dim, query.device)
+    if (  # nothing to do, found out at a third of the cost
+        width == head_dim
+        and value_width == value_head_dim
+        and not _is_traced()
+        and query.is_contiguous()
+        and key.is_contiguous()
+        and value.is_contiguous()
+        and not (query.storage_offset() | key.storage_offset() | value.storage_offset()) % 8
+    ):
+        return query, key, value
+    return aligned(widened(query, width)), aligned(widened(key, width)), aligned(widened(value, value_width))
 
 
 def _packed(form: _Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_core.errors import CallRefused
-from attn_core.masks import traced
+from attn_core.masks import capturing, traced
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
@@ -102,8 +102,9 @@ def pack(padding: KeyPadding, query_length: int) -> Packing:
         >>> packing.rows.tolist(), packing.cu_seqlens_k.tolist(), packing.max_seqlen_k
         ([1, 2, 3], [0, 1, 3], 2)
     """
-    readable = _readable(padding)
-    return padding.prepared(("packing", query_length, readable), lambda: _pack(padding.keep, query_length, readable))
+    return padding.prepared(
+        ("packing", query_length), lambda: _pack(padding.keep, query_length, readable=_readable(padding))
+    )
 
 
 def keeps_diagonals(padding: KeyPadding) -> bool:
@@ -115,7 +116,7 @@ def keeps_diagonals(padding: KeyPadding) -> bool:
         >>> keeps_diagonals(KeyPadding(torch.tensor([[False, True]]))), keeps_diagonals(KeyPadding(torch.tensor([[True, False]])))
         (True, False)
     """
-    return _readable(padding) and padding.prepared("keeps_diagonals", lambda: _is_left(padding.keep))
+    return padding.prepared("keeps_diagonals", lambda: _readable(padding) and _is_left(padding.keep))
 
 
 def hide(
@@ -178,11 +179,10 @@ def blind_queries(
 
 
 def _readable(padding: KeyPadding) -> bool:
-    keep = padding.keep
-    return not traced(keep) and not (keep.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not traced(padding.keep) and not capturing(padding.keep)
 
 
-def _pack(keep: torch.Tensor, query_length: int, readable: bool) -> Packing:
+def _pack(keep: torch.Tensor, query_length: int, *, readable: bool) -> Packing:
     batch, keys = keep.shape
     lengths = keep.sum(1)
     starts = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -207,7 +207,9 @@ def test_indices_are_made_once(library, monkeypatch):
     from attn_core import packing
 
     made = []
-    monkeypatch.setattr(packing, "_pack", lambda *given, whole=packing._pack: made.append(1) or whole(*given))
+    monkeypatch.setattr(
+        packing, "_pack", lambda *given, whole=packing._pack, **more: made.append(1) or whole(*given, **more)
+    )
     query, padding = half(1, 6, 2, 16), KeyPadding(torch.tensor([[True] * 3 + [False] * 3]))
     for _ in range(3):
         attention(query, query, query, attn_mask=padding, backend="flash_4_standin")
@@ -231,3 +233,10 @@ def test_packed_sequences_without_queries_or_keys():
     assert not out[:, [0, 3, 4]].any()
     assert (lse[:, :, [0, 3, 4]] == -torch.inf).all()
     assert lse[:, :, [1, 2]].isfinite().all()
+
+
+def test_the_core_knows_this_wheel():
+    from attn_core.known import known_wheels
+    from attn_flash.plugin import attn_backends
+
+    assert list(known_wheels()["attn-flash"]) == [spec.name for spec in attn_backends()]

@@ -102,3 +102,10 @@ def test_both_alternatives_of_its_own_choice():
     assert XFORMERS.reasons(Facts(**known, dtype="bfloat16", mask="packed", causal=True)) == []
     assert XFORMERS.reasons(Facts(**{**known, "compute_capability": (12, 0)}, dtype="bfloat16")) == []
     assert XFORMERS.reasons(Facts(**known, dtype="float32", mask="packed")) != []
+
+
+def test_the_core_knows_this_wheel():
+    from attn_core.known import known_wheels
+    from attn_xformers.plugin import attn_backends
+
+    assert list(known_wheels()["attn-xformers"]) == [spec.name for spec in attn_backends()]
