@@ -217,7 +217,9 @@ def _shaped(kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch
         and query.is_contiguous()
         and key.is_contiguous()
         and value.is_contiguous()
-        and not (query.storage_offset() | key.storage_offset() | value.storage_offset()) % 8
+        and query.storage_offset() % 8 == 0
+        and key.storage_offset() % 8 == 0
+        and value.storage_offset() % 8 == 0
     ):
         return query, key, value
     return aligned(widened(query, width)), aligned(widened(key, width)), aligned(widened(value, value_width))

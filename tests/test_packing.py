@@ -99,6 +99,10 @@ def test_hidden_is_padded(name, dtype, scale):
     wide_query, wide_key = packing.hide(query, key, padding, scale)
     assert wide_query.dtype == wide_key.dtype == dtype
     assert wide_query.isfinite().all()
+    scores = torch.einsum("bihd,bjhd->bhij", wide_query.double()[:, :, ::2], wide_key.double()) * scale
+    hidden = scores.permute(0, 3, 1, 2)[~padding.keep].abs()
+    assert hidden.min() > 1e4
+    assert hidden.max() < 1.2e7, "float32 would tell scores that low apart by more than exp can bear"
     out, _ = expected(wide_query, wide_key, value, scale=scale, causal=True)
     wanted, lse = expected(query, key, value, scale=scale, causal=True, attn_mask=padding)
     blind = packing.blind_queries(padding, 4, causal=True)
