@@ -1,0 +1,17 @@
+"""Every adapter of this wheel, held to its declaration by the conformance kit: on a GPU as it is, on the CPU over a stand-in."""
+
+from __future__ import annotations
+
+from attn_core.testing import parametrize_with_checks
+
+ON_CPU = ("sage_1_on_cpu",)
+
+
+@parametrize_with_checks("sage", "sage_fp16_triton", "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90")
+def test_a_backend_of_sageattention(check):
+    check()
+
+
+@parametrize_with_checks(*ON_CPU)
+def test_an_adapter_over_a_stand_in(check):
+    check()
