@@ -602,6 +602,8 @@ class BackendSpec:
         numerics: ``Exact()`` or ``Approximate(error)``.
         compile: True when forward traces under ``torch.compile(fullgraph=True)``, else ``No(reason)``.
         first_call_compiles: whether the first call of a kind compiles and so takes long.
+        unverified: why the backend was never run on the hardware that it is for; None where it was. Lists and tables say
+            so.
     """
 
     api: int
@@ -617,6 +619,7 @@ class BackendSpec:
     numerics: Exact | Approximate = field(default_factory=Exact)
     compile: Ability = NOT_DECLARED
     first_call_compiles: bool = False
+    unverified: str | None = None
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -629,6 +632,9 @@ class BackendSpec:
                 raise DeclarationError(msg)
         if not isinstance(self.summary, str) or not self.summary.strip() or "\n" in self.summary:
             msg = f"{owner}: summary is one line of text, found {self.summary!r}"
+            raise DeclarationError(msg)
+        if self.unverified is not None and not (isinstance(self.unverified, str) and self.unverified.strip()):
+            msg = f"{owner}: unverified is the reason as text, or None, found {self.unverified!r}"
             raise DeclarationError(msg)
         self._check_kinds(owner)
         self._check_alternatives(owner)

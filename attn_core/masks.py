@@ -42,7 +42,7 @@ class Description:
 
         Nothing is kept while code is traced, and nothing of inference tensors, which don't count their changes.
         """
-        if _traced(*self._tensors) or any(tensor.is_inference() for tensor in self._tensors):
+        if traced(*self._tensors) or any(tensor.is_inference() for tensor in self._tensors):
             return build()
         versions = tuple(tensor._version for tensor in self._tensors)
         kept = self._prepared.get(name)
@@ -134,7 +134,7 @@ class Packed(Description):
                 f"{_describe(cu_seqlens_q)} and {_describe(cu_seqlens_k)}"
             )
             raise CallRefused(msg)
-        self._made_traced = _traced(cu_seqlens_q, cu_seqlens_k)
+        self._made_traced = traced(cu_seqlens_q, cu_seqlens_k)
         if not self._made_traced:
             cu_seqlens_q, cu_seqlens_k = _counted(cu_seqlens_q, cu_seqlens_k)
         super().__init__(cu_seqlens_q, cu_seqlens_k)
@@ -187,7 +187,7 @@ class Packed(Description):
         return sum(lengths_q), sum(lengths_k)
 
     def _lengths(self, side: str) -> list[int] | None:
-        if self._made_traced or _traced(*self._tensors):
+        if self._made_traced or traced(*self._tensors):
             return None
         return self.prepared(("lengths", side), lambda: self._read_lengths(side))
 
@@ -202,7 +202,7 @@ class Packed(Description):
         return f"Packed(sequences={self.cu_seqlens_q.shape[0] - 1})"
 
 
-def _traced(*tensors: torch.Tensor) -> bool:
+def traced(*tensors: torch.Tensor) -> bool:
     """Whether these are traced (torch.compile, export, fake tensors), so that values can't be read or kept.
 
     ``torch.compiler.is_compiling`` is true in every thread while one compiles, so it is not asked.
