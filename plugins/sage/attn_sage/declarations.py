@@ -5,6 +5,7 @@ Written against sageattention 1.0.6 (its wheel on PyPI) and 2.2.0 at commit d1a5
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from attn_core.plugin import (
@@ -27,6 +28,11 @@ _SQUARE = Rule(
     "causal needs as many queries as keys: sageattention counts the diagonal from the first key, attn from the last",
     lambda facts: facts.causal and facts.lengths != "equal",
 )
+_NO_PADDED_DIAGONAL = Rule(
+    "key padding excludes causal: padding is taken out by a share of the probabilities, which is sound where each query sees "
+    "all keys that are kept",
+    lambda facts: facts.causal and facts.mask == "key_padding",
+)
 _NO_MASK = No("the kernel takes no mask; native, flex and xformers do")
 _NO_PACKED = No(
     "sageattention's packed kernel returns no lse and smooths keys across sequences; flash takes packed ones"
@@ -34,7 +40,7 @@ _NO_PACKED = No(
 
 _COMMON: dict[str, Any] = {
     "platforms": {"cuda"},
-    "masks": {"none": True, "bool": _NO_MASK, "float": _NO_MASK, "key_padding": _NO_MASK, "packed": _NO_PACKED},
+    "masks": {"none": True, "bool": _NO_MASK, "float": _NO_MASK, "key_padding": True, "packed": _NO_PACKED},
     "causal": True,
     "gqa": True,
     "cross_lengths": True,
@@ -48,7 +54,7 @@ _COMMON: dict[str, Any] = {
     "forward_mode": No("sageattention has no derivative"),
     "backward": No("sageattention has no backward: it is for inference"),
     "double_backward": No("sageattention has no backward: it is for inference"),
-    "rules": (_SQUARE,),
+    "rules": (_SQUARE, _NO_PADDED_DIAGONAL),
 }
 
 _FIRST = Constraints(
@@ -61,19 +67,33 @@ _FIRST = Constraints(
 )
 
 
-def _second(capabilities: set[tuple[int, int]]) -> Constraints:
-    return Constraints(
-        library=SECOND,
+_TRITON = Constraints(
+    library=SECOND,
+    compute_capability={(8, 0), (8, 6), (8, 9), (9, 0)},
+    dtypes={"float16", "bfloat16"},
+    head_dims=range(1, 129),
+    lse=True,
+    **_COMMON,
+)
+
+
+def _cuda(capabilities: set[tuple[int, int]]) -> Constraints:
+    return replace(
+        _TRITON,
         compute_capability=capabilities,
-        dtypes={"float16", "bfloat16"},
-        head_dims=range(1, 129),
-        lse=True,
-        **_COMMON,
+        causal=No(
+            "sageattention's CUDA kernels hide later keys by -5000000 quantisation steps, which is next to nothing where "
+            "queries or keys are small; sage_fp16_triton and flash hide them for certain"
+        ),
+        rules=(),
     )
 
 
 _FP16 = Approximate(0.02, scores=1.5)
 _FP8 = Approximate(0.06, scores=1.5)
+_NOT_BUILT = (
+    "sageattention 2 is built from source; the adapter is written against 2.2.0 at d1a57a5, and tried over a stand-in"
+)
 _PARALLEL = ContextParallelSupport(ring=True, ulysses=True, hybrid=True)
 
 SAGE = BackendSpec(
@@ -83,16 +103,21 @@ SAGE = BackendSpec(
     summary="SageAttention, the kernel that it chooses for the GPU: int8 scores, approximate, forward only",
     forward="attn_sage.automatic:forward",
     needs=Needs(extra="sage"),
-    constraints=(_FIRST, _second({(8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)})),
+    constraints=(
+        _FIRST,
+        replace(_TRITON, compute_capability={(8, 6)}),
+        _cuda({(8, 0), (8, 9), (9, 0), (12, 0), (12, 1)}),
+    ),
     context_parallel=_PARALLEL,
     numerics=_FP8,
     compile=True,
     first_call_compiles=True,
+    unverified="no run of the kit is recorded yet",
 )
 
 
 def _kernel(
-    name: str, summary: str, alias: str, extension: str, capabilities: set[tuple[int, int]], numerics: Approximate
+    name: str, summary: str, alias: str, extension: str, constraints: Constraints, numerics: Approximate
 ) -> BackendSpec:
     return BackendSpec(
         api=1,
@@ -101,11 +126,12 @@ def _kernel(
         summary=summary,
         forward=f"attn_sage.second:{name.removeprefix('sage_')}",
         needs=Needs(module=extension, install=_BUILT),
-        constraints=_second(capabilities),
+        constraints=constraints,
         context_parallel=_PARALLEL,
         numerics=numerics,
         compile=True,
         first_call_compiles=True,
+        unverified=_NOT_BUILT,
     )
 
 
@@ -114,7 +140,7 @@ FP16_TRITON = _kernel(
     "SageAttention 2 in Triton: int8 scores, float16 values",
     "_sage_qk_int8_pv_fp16_triton",
     "sageattention.triton.attn_qk_int8_per_block",
-    {(8, 0), (8, 6), (8, 9), (9, 0)},
+    _TRITON,
     _FP16,
 )
 FP16_CUDA = _kernel(
@@ -122,7 +148,7 @@ FP16_CUDA = _kernel(
     "SageAttention 2 in CUDA: int8 scores, float16 values, summed in float32",
     "_sage_qk_int8_pv_fp16_cuda",
     "sageattention._qattn_sm80",
-    {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)},
+    _cuda({(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)}),
     _FP16,
 )
 FP8_CUDA = _kernel(
@@ -130,7 +156,7 @@ FP8_CUDA = _kernel(
     "SageAttention 2 in CUDA: int8 scores, float8 values",
     "_sage_qk_int8_pv_fp8_cuda",
     "sageattention._qattn_sm89",
-    {(8, 9), (9, 0), (10, 0), (12, 0), (12, 1)},
+    _cuda({(8, 9), (9, 0), (10, 0), (12, 0), (12, 1)}),
     _FP8,
 )
 FP8_SM90 = _kernel(
@@ -138,6 +164,6 @@ FP8_SM90 = _kernel(
     "SageAttention 2 in CUDA for Hopper: int8 scores, float8 values",
     "_sage_qk_int8_pv_fp8_cuda_sm90",
     "sageattention._qattn_sm90",
-    {(9, 0)},
+    _cuda({(9, 0)}),
     _FP8,
 )

@@ -4,24 +4,26 @@ Three things of version 1.0.6 that are mended here (all of them seen in its sour
 
 - it subtracts the mean from the caller's key in place; here it is given a smoothed copy and told not to smooth;
 - without causal it reads keys in blocks of 64 and counts the missing ones of the last block with a score of 0, so that the
-  results of other lengths are too small. What share of the probabilities is real is what the same call returns for values
-  of 1, by which the result is divided. Since the mean of smoothed scores is 0, their exponentials add up to no less than
-  their number (Jensen), and of long sequences the share is 1 but for a negligible error;
+  results of other lengths are too small. They are divided by the share of the real ones, see ``inputs.share_of``. Key
+  padding comes from the same: hidden keys are made 0, and taken out again;
 - NaN in query or key becomes 0; see ``inputs.smooth``.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from sageattention import sageattn
-from torch.nn.functional import pad
 
-from attn_sage.inputs import check_sizes, on_device, refuse_cold_capture, smooth, traced, unit_stride, warm
+from attn_core.masks import traced
+from attn_sage.inputs import check_sizes, divide, on_device, padded, refuse_cold_capture, share_of, smooth, warm
+
+if TYPE_CHECKING:
+    from attn_core.masks import KeyPadding
 
 NAME = "sage"
 BLOCK = 64
-NEGLIGIBLE = 1e-3
-"""The share of missing keys that is left as it is; a twentieth of the error that int8 scores make."""
 
 
 def forward(
@@ -30,6 +32,7 @@ def forward(
     value: torch.Tensor,
     *,
     scale: float,
+    attn_mask: KeyPadding | None = None,
     causal: bool = False,
     deterministic: bool = False,  # noqa: ARG001 - the kernel adds in a fixed order
 ) -> torch.Tensor:
@@ -40,29 +43,28 @@ def forward(
         key: (B, Skv, Hkv, D).
         value: (B, Skv, Hkv, D); computed in float16, so beyond its range the result is infinite.
         scale: of the scores.
+        attn_mask: which keys are real, without causal.
         causal: with as many queries as keys.
         deterministic: always so.
 
     Returns:
         (B, Sq, Hq, D) in query's dtype.
     """
-    return (_operator if traced(query, key, value) else _attend)(query, key, value, float(scale), causal)
+    keep = None if attn_mask is None else attn_mask.keep
+    return (_operator if traced(query, key, value) else _attend)(query, key, value, keep, float(scale), causal)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None, scale: float, causal: bool
+) -> torch.Tensor:
     check_sizes(NAME, query, key, value)
-    kind = refuse_cold_capture(NAME, query, key, value, causal)
-    keys = key.shape[1]
-    missing = 0 if causal else -keys % BLOCK
+    kind = refuse_cold_capture(NAME, query, key, value, keep is None, causal)
     with on_device(query), torch.no_grad():
-        smoothed, _ = smooth(query, key)
-        if missing:
-            smoothed, value = pad(smoothed, (0, 0, 0, 0, 0, missing)), pad(value, (0, 0, 0, 0, 0, missing))
-        query, smoothed, value = unit_stride(query), unit_stride(smoothed), unit_stride(value)
-        out = _kernel(query, smoothed, value, scale, causal)
-        if missing > NEGLIGIBLE * keys:
-            ones = pad(value.new_ones(1, keys, 1, value.shape[3]), (0, 0, 0, 0, 0, missing))
-            out /= _kernel(query, smoothed, ones.expand(value.shape), scale, causal)
+        inputs = padded(1 if causal else BLOCK, query, smooth(query, key, keep).key, value, keep)
+        out = _kernel(*inputs, scale, causal)
+        share = share_of(inputs[2], key.shape[1], keep, lambda ones: _kernel(*inputs[:2], ones, scale, causal))
+        if share is not None:
+            out = divide(out, share)
     warm(kind)
     return out
 
@@ -78,5 +80,5 @@ _operator = torch.library.custom_op("attn_sage::first", _attend, mutates_args=()
 
 
 @_operator.register_fake
-def _(query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor, _scale: float, _causal: bool) -> torch.Tensor:
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(query.shape)

@@ -1,27 +1,63 @@
 """sageattention 2: one function for each kernel, and its own choice among them.
 
-Its convention: tensors as attn has them with ``tensor_layout="NHD"``; a scale that is given; causal only where there are
-as many queries as keys; the log-sum-exp natural, (B, Hq, Sq), float32, of the smoothed scores and what smoothing took, which it
-multiplies in query's dtype. So the keys are smoothed here, and what that took from the log-sum-exp is added in float32.
+Its convention: tensors as attn has them with ``tensor_layout="NHD"``; a scale that is given; the causal diagonal from the first
+key; the log-sum-exp natural, (B, Hq, Sq), float32. What is mended here, all of it seen in the source of 2.2.0:
+
+- its CUDA kernels hide a key by a score of -5,000,000 steps of the quantisation. Where queries or keys are small, so is
+  that: hidden keys are seen. So they get no causal call, and lengths that blocks divide; a missing key then has a
+  score of 0 for certain, and is taken out again as in ``first``;
+- its CUDA kernels look for the largest score before they multiply by the scale, and so need a positive one;
+- what smoothing the keys took from the log-sum-exp it adds in query's dtype, which is off by a share of a number that may be
+  large; here the keys are smoothed beforehand, and it is added in float32;
+- NaN in query or key becomes 0; see ``inputs.smooth``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sageattention
 import torch
 
-from attn_sage.inputs import check_sizes, on_device, refuse_cold_capture, smooth, traced, unit_stride, warm
+from attn_core.masks import traced
+from attn_sage.inputs import check_sizes, divide, on_device, padded, refuse_cold_capture, share_of, smooth, warm
 
-Forward = Callable[..., Any]
-Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attn_core.masks import KeyPadding
 
 
-def _on_blackwell(device: torch.device) -> bool:
-    return device.type == "cuda" and _capability(device)[0] == 12
+class Kernel(NamedTuple):
+    """One function of sageattention.
+
+    Attributes:
+        name: of the backend.
+        run: the function.
+        block: to a multiple of which keys are padded; 1 where the kernel hides what is missing.
+        chooses_granularity: whether it takes ``qk_quant_gran``.
+        smooths: whether it smooths keys by itself whatever it is told; of smooth ones that takes nothing.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    block: int
+    chooses_granularity: bool = True
+    smooths: bool = False
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run it on tensors that are laid out for it; without return_lse, the log-sum-exp is empty."""
+        options: dict[str, Any] = {} if self.smooths else {"smooth_k": False}
+        if self.chooses_granularity and query.is_cuda and _capability(query.device)[0] == 12:
+            options["qk_quant_gran"] = "per_warp"  # its Triton kernels, which quantise by thread, can't be used there
+        found = self.run(
+            query, key, value, tensor_layout="NHD", is_causal=causal, sm_scale=scale, return_lse=return_lse, **options
+        )
+        out, lse = found if return_lse else (found, query.new_empty(0, dtype=torch.float32))
+        return out.contiguous(), lse  # of a padded head dim it returns a slice
 
 
 @cache
@@ -29,68 +65,36 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _granularity(device: torch.device) -> dict[str, str]:
-    """Where sageattention's Triton kernels, which quantise by thread, can't be used, its CUDA ones quantise by warp."""
-    return {"qk_quant_gran": "per_warp"} if _on_blackwell(device) else {}
-
-
-def _options_of_fp16_triton(_: torch.device) -> dict[str, Any]:
-    return {"smooth_k": False}
-
-
-def _options_of_cuda(device: torch.device) -> dict[str, Any]:
-    return {"smooth_k": False, **_granularity(device)}
-
-
-def _options_of_automatic(_: torch.device) -> dict[str, Any]:
-    return {}  # it hands no option on; smoothing what is smooth changes nothing
-
-
-def _adapted(name: str, kernel: Forward, options_of: Callable[[torch.device], dict[str, Any]]) -> Forward:
-    """Make the adapter of one kernel, and its operator for traced code."""
-
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, return_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        check_sizes(name, query, key, value)
-        kind = refuse_cold_capture(name, query, key, value, causal, return_lse)
-        with on_device(query), torch.no_grad():
-            smoothed, mean = smooth(query, key)
-            found = kernel(
-                unit_stride(query), unit_stride(smoothed), unit_stride(value), tensor_layout="NHD", is_causal=causal,
-                sm_scale=scale, return_lse=return_lse, **options_of(query.device),
-            )  # fmt: skip
-            out, lse = found if return_lse else (found, query.new_empty(0, dtype=torch.float32))
-            if return_lse:
-                lse = lse + scale * _taken(query, mean)
-        warm(kind)
-        return out.contiguous(), lse
-
-    operator = torch.library.custom_op(f"attn_sage::{name.removeprefix('sage_')}", attend, mutates_args=())
-
-    @operator.register_fake
-    def _(
-        query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor, _scale: float, _causal: bool, return_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, length, heads, _ = query.shape
-        lse_shape = (batch, heads, length) if return_lse else (0,)
-        return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
-
-    def forward(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        causal: bool = False,
-        deterministic: bool = False,  # noqa: ARG001 - the kernels add in a fixed order
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        run = operator if traced(query, key, value) else attend
-        out, lse = run(query, key, value, float(scale), causal, return_lse)
-        return (out, lse) if return_lse else out
-
-    return forward
+def _attend(
+    kernel: Kernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_sizes(kernel.name, query, key, value)
+    kind = refuse_cold_capture(kernel.name, query, key, value, keep is None, causal, return_lse)
+    with on_device(query), torch.no_grad():
+        smoothed = smooth(query, key, keep)
+        taken = _taken(query, smoothed.mean) * scale if return_lse else None
+        if scale < 0:
+            query, scale = -query, -scale
+        inputs = padded(kernel.block, query, smoothed.key, value, keep)
+        out, lse = kernel(*inputs, scale, causal, return_lse)
+        share = share_of(inputs[2], key.shape[1], keep, lambda ones: kernel(*inputs[:2], ones, scale, causal, False)[0])
+        if share is not None:
+            out = divide(out, share)
+            lse = lse + share[..., 0].transpose(1, 2).float().log() if return_lse else lse
+        if kernel.smooths:  # and so takes away what ``smooth`` put there
+            wrong = torch.where(smoothed.finite, 0.0, float("nan"))[:, None, :, None, None]
+            out.unflatten(2, (key.shape[2], -1)).add_(wrong)
+        if taken is not None:
+            lse = lse + taken
+    warm(kind)
+    return out, lse
 
 
 def _taken(query: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -99,8 +103,51 @@ def _taken(query: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bqhgd,bhd->bhgq", grouped, mean[:, 0].float()).flatten(1, 2)
 
 
-automatic = _adapted("sage", sageattention.sageattn, _options_of_automatic)
-fp16_triton = _adapted("sage_fp16_triton", sageattention.sageattn_qk_int8_pv_fp16_triton, _options_of_fp16_triton)
-fp16_cuda = _adapted("sage_fp16_cuda", sageattention.sageattn_qk_int8_pv_fp16_cuda, _options_of_cuda)
-fp8_cuda = _adapted("sage_fp8_cuda", sageattention.sageattn_qk_int8_pv_fp8_cuda, _options_of_cuda)
-fp8_sm90 = _adapted("sage_fp8_sm90", sageattention.sageattn_qk_int8_pv_fp8_cuda_sm90, _options_of_cuda)
+def _adapted(kernel: Kernel) -> Callable[..., Any]:
+    """Make the adapter of one kernel, and its operator for traced code."""
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keep: torch.Tensor | None,
+        scale: float,
+        causal: bool,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _attend(kernel, query, key, value, keep, scale, causal, return_lse)
+
+    operator = torch.library.custom_op(f"attn_sage::{kernel.name.removeprefix('sage_')}", attend, mutates_args=())
+
+    @operator.register_fake
+    def _(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, length, heads, _ = query.shape
+        lse_shape = (batch, heads, length) if others[-1] else (0,)
+        return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
+
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        attn_mask: KeyPadding | None = None,
+        causal: bool = False,
+        deterministic: bool = False,  # noqa: ARG001 - the kernels add in a fixed order
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        run = operator if traced(query, key, value) else attend
+        keep = None if attn_mask is None else attn_mask.keep
+        out, lse = run(query, key, value, keep, float(scale), causal, return_lse)
+        return (out, lse) if return_lse else out
+
+    return forward
+
+
+automatic = _adapted(Kernel("sage", sageattention.sageattn, 128, chooses_granularity=False, smooths=True))
+fp16_triton = _adapted(
+    Kernel("sage_fp16_triton", sageattention.sageattn_qk_int8_pv_fp16_triton, 1, chooses_granularity=False)
+)
+fp16_cuda = _adapted(Kernel("sage_fp16_cuda", sageattention.sageattn_qk_int8_pv_fp16_cuda, 64))
+fp8_cuda = _adapted(Kernel("sage_fp8_cuda", sageattention.sageattn_qk_int8_pv_fp8_cuda, 64))
+fp8_sm90 = _adapted(Kernel("sage_fp8_sm90", sageattention.sageattn_qk_int8_pv_fp8_cuda_sm90, 128))

@@ -9,7 +9,7 @@ from pathlib import Path
 from attn_core import registry
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-FOR = {"attn_sage.first": "sageattention_first"}
+FOR = {"attn_sage.first": "sageattention_first", "attn_sage.second": "sageattention_second"}
 
 sys.path.insert(0, str(STAND_INS))
 for adapter, stand_in in FOR.items():

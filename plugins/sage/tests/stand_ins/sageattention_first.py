@@ -13,10 +13,20 @@ from torch.nn.functional import pad
 LOG2_E = 1.44269504
 
 
-def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True, **kwargs):
-    if len(q) > 1024:  # in parts, for the sake of the memory
+def in_parts(function):
+    """Thousands of sequences one part after another, for the sake of the memory."""
+
+    def run(q, k, v, *settings, **options):
+        if len(q) <= 1024:
+            return function(q, k, v, *settings, **options)
         parts = zip(q.split(1024), k.split(1024), v.split(1024), strict=True)
-        return torch.cat([sageattn(*part, tensor_layout, is_causal, sm_scale, smooth_k) for part in parts])
+        return torch.cat([function(*part, *settings, **options) for part in parts])
+
+    return run
+
+
+@in_parts
+def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True, **kwargs):
     dtype = q.dtype
     assert dtype in [torch.float16, torch.bfloat16, torch.float32]
     assert q.device == k.device == v.device
@@ -46,12 +56,12 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smoot
     return out.transpose(1, 2).contiguous() if tensor_layout == "NHD" else out
 
 
-def quantised(x, block):
+def quantised(x, block, least=0.0):
     """Whole numbers up to 127 and a scale for each row, the same one in a block of rows."""
     block = min(block, x.shape[2])
     missing = -x.shape[2] % block
     blocks = pad(x, (0, 0, 0, missing)).unflatten(2, (-1, block))
-    scale = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax((-2, -1), keepdim=True) / 127
+    scale = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax((-2, -1), keepdim=True) / 127 + least
     rounded = blocks / scale
     rounded = (rounded + 0.5 * rounded.sign()).trunc().nan_to_num(nan=0.0).clamp(-128, 127)
     rows = slice(0, x.shape[2])
