@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core.errors import CallRefused
+from attn_core.shaping import aligned, in_graph, infinite_lse, positive_scale, query_sign, widened
 from attn_native import aten_corner
-from attn_native.aten_inputs import aligned, in_graph, infinite_lse, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
-    from attn_native.aten_inputs import Tensors
+    from attn_core.shaping import Tensors
 
 _CUDNN: Any = torch._scaled_dot_product_cudnn_attention  # cheaper to call than the operator
 _CUDNN_IN_GRAPH: Any = torch.ops.aten._scaled_dot_product_cudnn_attention.default  # Dynamo fails on the other

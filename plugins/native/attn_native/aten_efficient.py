@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_core.masks import diagonal_mask
-from attn_native.aten_inputs import (
+from attn_core.shaping import (
     aligned,
     infinite_lse,
     positive_scale,
@@ -20,7 +20,7 @@ from attn_native.aten_inputs import (
 from attn_native.aten_masks import Mask, additive, hide_blind, rows
 
 if TYPE_CHECKING:
-    from attn_native.aten_inputs import Tensors
+    from attn_core.shaping import Tensors
 
 _EFFICIENT = torch.ops.aten._efficient_attention_forward.default
 _SDPA_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default

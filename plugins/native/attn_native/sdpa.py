@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from attn_core.masks import Description, visible_mask
+from attn_core.shaping import aligned, in_graph, unit_stride
 from attn_native import aten
-from attn_native.aten_inputs import aligned, in_graph, unit_stride
 from attn_native.math import blind_queries, narrowed
 from attn_native.math import forward as math_forward
 
