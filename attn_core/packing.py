@@ -54,7 +54,11 @@ class Packing(NamedTuple):
 
     def keys(self, tensor: torch.Tensor) -> torch.Tensor:
         """Pack key or value: (B, Skv, H, D) to (N, H, D)."""
-        return tensor.flatten(0, 1).index_select(0, self.rows)
+        packed = tensor.flatten(0, 1).index_select(0, self.rows)
+        if self.exact:
+            return packed
+        beyond = torch.arange(self.rows.shape[0], device=self.rows.device) >= self.cu_seqlens_k[-1]
+        return packed.masked_fill(beyond[:, None, None], 0.0)  # kernels leave the gradient there unwritten
 
     def queries(self, tensor: torch.Tensor) -> torch.Tensor:
         """Lay query, the result or its gradient end to end: (B, Sq, H, D) to (B * Sq, H, D)."""

@@ -62,6 +62,9 @@ def test_packed_is_padded(name, readable, monkeypatch):
     grad[: int(padding.keep.sum())] = made.keys(key)[: int(padding.keep.sum())]
     back = made.unpack_keys(grad)
     assert torch.equal(back, key * padding.keep[:, :, None, None])
+    key.requires_grad_()
+    made.keys(key).backward(grad)
+    assert torch.equal(key.grad, back)
 
 
 def test_lse_goes_there_and_back():
@@ -151,6 +154,7 @@ def test_traced_code_reads_no_value():
         packed, fullgraph=True, backend="eager", dynamic=True
     )(query, key, keep)
     assert torch.equal(keys[:5], key[keep])
+    assert not keys[5:].any()
     assert torch.equal(back, key * keep[:, :, None, None])
     assert starts.tolist() == [0, 2, 4, 5]
     assert torch.equal(blind, packing.blind_queries(KeyPadding(keep), 4, causal=True))

@@ -17,8 +17,8 @@ from flash_attn.flash_attn_interface import (
     flash_attn_varlen_func,
 )
 
+from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
 from attn_core.shaping import infinite_lse, natural_lse
-from attn_flash.calls import Mask, Options, Starts, attend, differentiate, options_of
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flash_attn_interface import _flash_attn_backward, flash_attn_func, flash_attn_varlen_func
 
-from attn_flash.calls import Mask, Options, Starts, attend, differentiate, options_of
+from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors

@@ -14,7 +14,7 @@ from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 from flash_attn.cute.interface import _flash_attn_bwd
 
 from attn_core.masks import traced
-from attn_flash.calls import Mask, Options, Starts, attend, differentiate, options_of
+from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from attn_core.plugin import BackendSpec, Backward, Constraints, ContextParallelSupport, Facts, Needs, No, Rule
 
@@ -55,7 +55,35 @@ def _no_room(widest: int) -> Rule:
 
 # --- flash-attn 2 -------------------------------------------------------------------------------------------------------
 
-_SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
+_FLASH_RULES = (
+    _SOFTCAP_HIDES_NOT,
+    _no_room(256),
+    Rule(
+        "softcap excludes dropout: flash-attn's kernels have one of them at a time; use native_math",
+        lambda facts: facts.softcap and facts.dropout,
+    ),
+    Rule(
+        "dropout excludes return_lse: the library returns the lse only beside all probabilities, a tensor of (Sq, Skv)",
+        lambda facts: facts.dropout and facts.return_lse,
+    ),
+)
+_DROPOUT_TOO_WIDE = Rule(
+    "dropout excludes head dims above 192 with gradients here: the kernel does not fit into the shared memory",
+    lambda facts: facts.dropout and max(facts.head_dim, facts.value_head_dim) > 192,
+)
+
+
+def _flash(capabilities: set[tuple[int, int]], backward: Literal[True] | Backward) -> Constraints:
+    return Constraints(
+        **_common(
+            compute_capability=capabilities,
+            head_dims=range(1, 257),
+            dropout=True,
+            backward=backward,
+            rules=_FLASH_RULES,
+        )
+    )
+
 
 FLASH = BackendSpec(
     api=1,
@@ -69,38 +97,9 @@ FLASH = BackendSpec(
         extra="flash",
         install="pip install --no-build-isolation 'flash-attn>=2.7.3,<3' (builds with nvcc, beside torch)",
     ),
-    constraints=Constraints(
-        **_common(
-            compute_capability={(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)},
-            head_dims=range(1, 257),
-            dropout=True,
-            backward=Backward(
-                rules=(
-                    Rule(
-                        "dropout excludes head dims above 192 with gradients on compute capabilities 8.6, 8.7, 8.9 and 12: "
-                        "the kernel does not fit into their shared memory",
-                        lambda facts: (
-                            facts.dropout
-                            and max(facts.head_dim, facts.value_head_dim) > 192
-                            and facts.compute_capability in _SMALL_SHARED_MEMORY
-                        ),
-                    ),
-                )
-            ),
-            rules=(
-                _SOFTCAP_HIDES_NOT,
-                _no_room(256),
-                Rule(
-                    "softcap excludes dropout: flash-attn's kernels have one of them at a time; use native_math",
-                    lambda facts: facts.softcap and facts.dropout,
-                ),
-                Rule(
-                    "dropout excludes return_lse: the library returns the lse only beside all probabilities, a tensor "
-                    "of (Sq, Skv)",
-                    lambda facts: facts.dropout and facts.return_lse,
-                ),
-            ),
-        )
+    constraints=(
+        _flash({(8, 0), (9, 0), (10, 0), (10, 3)}, True),
+        _flash({(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)}, Backward(rules=(_DROPOUT_TOO_WIDE,))),
     ),
     context_parallel=_ALL_PARALLEL,
     compile=True,

@@ -26,6 +26,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _fetched: dict[str, ModuleType] = {}
 
 
+class NotLoaded(BackendNotUsable, ImportError):
+    """A kernel that an adapter can't be imported without is not there."""
+
+
 class Pin(NamedTuple):
     """What fixes the code that is loaded: a commit, or a lock file with one for each kernel."""
 
@@ -72,12 +76,15 @@ def loaded(name: str) -> ModuleType:
     """The module of a backend's kernel: what was fetched in this process, or lies in the cache. Downloads nothing.
 
     Raises:
-        BackendNotUsable: not allowed, not pinned, or not fetched yet.
+        NotLoaded: not allowed, not pinned, or not fetched yet.
     """
     if name in _fetched:
         return _fetched[name]
-    _require_permission(name, allowed=False)
-    module = _fetched[name] = _load(name, _pin(name, None, None), download=False)
+    try:
+        _require_permission(name, allowed=False)
+        module = _fetched[name] = _load(name, _pin(name, None, None), download=False)
+    except BackendNotUsable as refusal:
+        raise NotLoaded(str(refusal)) from refusal
     return module
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from attn_core.masks import traced
-from attn_sage.inputs import check_sizes, divide, on_device, padded, refuse_cold_capture, share_of, smooth, warm
+from attn_sage.inputs import check_sizes, divide, on_device, padded, share_of, smooth
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,6 @@ def _attend(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_sizes(kernel.name, query, key, value)
-    kind = refuse_cold_capture(kernel.name, query, key, value, keep is None, causal, return_lse)
     with on_device(query), torch.no_grad():
         smoothed = smooth(query, key, keep)
         taken = _taken(query, smoothed.mean) * scale if return_lse else None
@@ -92,7 +91,6 @@ def _attend(
             out.unflatten(2, (key.shape[2], -1)).add_(wrong)
         if taken is not None:
             lse = lse + taken
-    warm(kind)
     return out, lse
 
 

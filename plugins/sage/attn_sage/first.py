@@ -17,7 +17,7 @@ import torch
 from sageattention import sageattn
 
 from attn_core.masks import traced
-from attn_sage.inputs import check_sizes, divide, on_device, padded, refuse_cold_capture, share_of, smooth, warm
+from attn_sage.inputs import check_sizes, divide, on_device, padded, share_of, smooth
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
@@ -58,14 +58,12 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None, scale: float, causal: bool
 ) -> torch.Tensor:
     check_sizes(NAME, query, key, value)
-    kind = refuse_cold_capture(NAME, query, key, value, keep is None, causal)
     with on_device(query), torch.no_grad():
         inputs = padded(1 if causal else BLOCK, query, smooth(query, key, keep).key, value, keep)
         out = _kernel(*inputs, scale, causal)
         share = share_of(inputs[2], key.shape[1], keep, lambda ones: _kernel(*inputs[:2], ones, scale, causal))
         if share is not None:
             out = divide(out, share)
-    warm(kind)
     return out
 
 

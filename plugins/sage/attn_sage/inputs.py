@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -19,9 +19,6 @@ OFFSETS = 2**31
 """The kernels count the numbers of a tensor in 32 bits."""
 NEGLIGIBLE = 1e-3
 """The share of missing keys that is left as it is; a twentieth of the error that int8 scores make."""
-_KINDS_KEPT = 4096
-
-_ran: set[Any] = set()
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
@@ -133,31 +130,3 @@ def divide(out: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """Lay the last dimension out densely, as the kernels insist on."""
     return tensor if tensor.stride(3) == 1 else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def refuse_cold_capture(name: str, *kind: Any) -> Any:
-    """What is to be handed to ``warm`` after the call.
-
-    Raises:
-        CallRefused: a CUDA graph is being captured, and a call of this kind would have to compile its kernel in it.
-    """
-    shown = tuple(
-        (item.shape, item.stride(), item.dtype, item.device, item.storage_offset() % 8)
-        if isinstance(item, torch.Tensor)
-        else item
-        for item in kind
-    )
-    if shown not in _ran and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        msg = (
-            f"{name}: a CUDA graph is being captured, and the kernel for a call of these shapes is not compiled yet. "
-            "Next: make the same call once before the capture"
-        )
-        raise CallRefused(msg)
-    return shown
-
-
-def warm(kind: Any) -> None:
-    """Remember that a call of a kind has run, so that its kernel is compiled."""
-    if len(_ran) >= _KINDS_KEPT:
-        _ran.clear()
-    _ran.add(kind)

@@ -132,18 +132,6 @@ def test_more_numbers_than_32_bits_count_are_refused():
         inputs.check_sizes("sage", query, query, query)
 
 
-def test_a_capture_is_refused_until_a_call_of_that_kind_has_run(monkeypatch):
-    query, key, value = tensors(length=41)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(CallRefused, match="make the same call once before the capture"):
-        first.forward(query, key, value, scale=0.125)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    first.forward(query, key, value, scale=0.125)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    first.forward(query, key, value, scale=0.125)
-
-
 def test_architectures_are_those_that_upstream_builds_for():
     accepted = {
         spec.name: {

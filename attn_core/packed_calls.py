@@ -1,7 +1,8 @@
-"""What the three libraries have in common: how a call of attn becomes a dense or a packed call of theirs, and back.
+"""How a call becomes a dense or a packed call of a library in the manner of flash-attention, and back.
 
-All are aligned bottom-right, take (B, S, H, D) or packed (N, H, D), and know no masks. Key padding is packed. Where a
-diagonal would move by that (padding that is not on the left, or not known to be), it is hidden by further columns.
+Such a library is aligned bottom-right, takes (B, S, H, D) or packed (N, H, D), and knows no masks. Key padding is packed.
+Where a diagonal would move by that (padding that is not on the left, or not known to be), it is hidden by further columns.
+An adapter brings a ``Kernel``, which need not know of masks, head dims or scales.
 """
 
 from __future__ import annotations
