@@ -1,11 +1,11 @@
-"""Adapters of the flash-attention functions of hub kernels, by how a call of attn becomes one of theirs in attn-flash."""
+"""Adapters of hub kernels that have the functions of flash-attention."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attn_core.packed_calls import Mask, Options, Starts, attend, options_of
 from attn_core.shaping import natural_lse
-from attn_flash.calls import Mask, Options, Starts, attend, options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

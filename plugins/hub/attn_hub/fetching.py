@@ -26,7 +26,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _fetched: dict[str, ModuleType] = {}
 
 
-class NotLoaded(BackendNotUsable, ImportError):
+class NotLoadedError(BackendNotUsable, ImportError):
     """A kernel that an adapter can't be imported without is not there."""
 
 
@@ -76,7 +76,7 @@ def loaded(name: str) -> ModuleType:
     """The module of a backend's kernel: what was fetched in this process, or lies in the cache. Downloads nothing.
 
     Raises:
-        NotLoaded: not allowed, not pinned, or not fetched yet.
+        NotLoadedError: not allowed, not pinned, or not fetched yet.
     """
     if name in _fetched:
         return _fetched[name]
@@ -84,7 +84,7 @@ def loaded(name: str) -> ModuleType:
         _require_permission(name, allowed=False)
         module = _fetched[name] = _load(name, _pin(name, None, None), download=False)
     except BackendNotUsable as refusal:
-        raise NotLoaded(str(refusal)) from refusal
+        raise NotLoadedError(str(refusal)) from refusal
     return module
 
 
