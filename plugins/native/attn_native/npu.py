@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch_npu import npu_fusion_attention
@@ -83,7 +82,7 @@ def _triangle(device: torch.device) -> torch.Tensor:
 
 def _packed(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, packed: Packed, *, return_lse: bool
-) -> Any:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     lengths_q, lengths_k = packed.lengths_q, packed.lengths_k
     if lengths_q is None or lengths_k is None:
         msg = "native_npu: the kernel takes the lengths of packed sequences from the host, and in traced code they can't be read"
@@ -95,7 +94,7 @@ def _packed(
         query[0], key[0], value[0], query.shape[2], "TND", scale=scale,
         actual_seq_qlen=list(accumulate(lengths_q)), actual_seq_kvlen=list(accumulate(lengths_k)),
     )  # fmt: skip
-    out = found[0].unsqueeze(0)
+    out: torch.Tensor = found[0].unsqueeze(0)
     return (out, _lse(*found[1:3]).transpose(0, 1).unsqueeze(0)) if return_lse else out
 
 
