@@ -154,10 +154,12 @@ def test_another_commit_than_the_pinned_one_is_not_taken(cache, offline):
 
 def test_a_kernel_that_loads_others_needs_a_lock_file(cache, offline):
     other = commit_of("with dependencies")
-    depends = [{"repo-id": "kernels-community/other", "version": 1}]
+    depends = [{"repo-id": "kernels-community/other", "revision": commit_of("other")}]
     write_kernel(cache, REPOSITORY, SAYS, commit=other, depends=depends)
-    write_kernel(cache, "kernels-community/other", SAYS)
-    with pytest.raises(BackendNotUsable):
+    write_kernel(cache, "kernels-community/other", SAYS, commit=commit_of("other"))
+    with pytest.raises(
+        BackendNotUsable, match=r"loads further kernels \(kernels-community/other\), which a revision does not"
+    ):
         fetch("flash_hub", revision=other, allow_remote_kernels=True)
     assert not fetching._fetched
 

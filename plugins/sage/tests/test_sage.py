@@ -96,6 +96,15 @@ def test_a_large_mean_of_the_keys_does_not_spoil_the_log_sum_exp():
     assert off(out, expected) < 0.02
 
 
+@pytest.mark.parametrize("forward", [first.forward, second.automatic, second.fp16_cuda, second.fp8_cuda])
+def test_a_negative_scale_leaves_no_probability_beyond_1(forward):
+    query, key, value = tensors(keys=128)
+    expected, _ = reference(query, key, value, scale=-2.0)
+    assert (
+        off(forward(query, key, value, scale=-2.0), expected) < 0.5
+    )  # scores of 100 are off by 1 in int8; inf is not near
+
+
 @pytest.mark.parametrize("forward", [first.forward, second.automatic, second.fp16_triton, second.fp8_cuda])
 def test_a_sequence_of_padding_alone_is_zero_and_its_neighbours_are_not(forward):
     query, key, value = tensors()
