@@ -1,9 +1,13 @@
-"""Stand-ins of torch_npu and torch_xla, and a distribution that declares their backends for the CPU."""
+"""Stand-ins of torch_npu and torch_xla, and a distribution that declares their backends for the CPU.
+
+Where one of the two is itself installed there are none: an adapter module is bound to one library for the whole process.
+"""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from attn_core import registry
@@ -24,6 +28,7 @@ def load_adapters():
     sys.path.remove(str(STAND_INS))
 
 
-load_adapters()
-sys.path.insert(0, str(DECLARED))
-registry.refresh()
+if find_spec("torch_npu") is None and find_spec("torch_xla") is None:
+    load_adapters()
+    sys.path.insert(0, str(DECLARED))
+    registry.refresh()

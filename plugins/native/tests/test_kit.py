@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
 from attn_core.testing import parametrize_with_checks
 
-ON_CPU = ("native_npu_on_cpu", "native_xla_on_cpu")
+INSTALLED = [name for name in ("torch_npu", "torch_xla") if find_spec(name) is not None]
+ON_CPU = () if INSTALLED else ("native_npu_on_cpu", "native_xla_on_cpu")
 EACH_CALL_COMPILES = ("flex",)
 ALL_OTHERS = ("native", "native_math", "native_flash", "native_efficient", "native_cudnn")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
 from attn_core.testing import parametrize_with_checks
 
-ON_CPU = (
+STAND_INS = (
     "sage_1_on_cpu",
     "sage_2_on_cpu",
     "sage_2_fp16_triton_on_cpu",
@@ -14,6 +16,7 @@ ON_CPU = (
     "sage_2_fp8_cuda_on_cpu",
     "sage_2_fp8_sm90_on_cpu",
 )
+ON_CPU = STAND_INS if find_spec("sageattention") is None else ()
 
 
 @parametrize_with_checks("sage", "sage_fp16_triton", "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90")
