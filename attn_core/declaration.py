@@ -540,18 +540,26 @@ class Approximate:
 
     Attributes:
         error: the relative error (Frobenius norm) that it is held to at every shape, between 0 and 1.
+        scores: up to which size of the scores it is: of ``|scale| |q| |k| / sqrt(D)`` for the longest query and key, about
+            1.5 for numbers from randn at the usual scale. Beyond it the error grows in proportion, as that of quantised
+            queries and keys does. None is any size.
     """
 
     error: float
+    scores: float | None = None
     approximate: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.error, bool) or not isinstance(self.error, (int, float)) or not 0 < self.error < 1:
             msg = f"Approximate: error is a relative error between 0 and 1, found {self.error!r}"
             raise DeclarationError(msg)
+        if self.scores is not None and (isinstance(self.scores, bool) or not self.scores > 0):
+            msg = f"Approximate: scores is a size above 0, or None for any, found {self.scores!r}"
+            raise DeclarationError(msg)
 
     def __str__(self) -> str:
-        return f"approximate, relative error up to {self.error:g}"
+        limit = "" if self.scores is None else f" for scores up to {self.scores:g}, in proportion beyond"
+        return f"approximate, relative error up to {self.error:g}{limit}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,11 @@ def _spec(spec: BackendSpec) -> dict[str, Any]:
         "compile": _plain(spec.compile),
         "first_call_compiles": spec.first_call_compiles,
         "unverified": spec.unverified,
-        "numerics": {"approximate": spec.numerics.approximate, "error": getattr(spec.numerics, "error", None)},
+        "numerics": {
+            "approximate": spec.numerics.approximate,
+            "error": getattr(spec.numerics, "error", None),
+            "scores": getattr(spec.numerics, "scores", None),
+        },
         "context_parallel": _plain(spec.context_parallel),
         "constraints": [_plain(item) for item in spec.alternatives],
     }

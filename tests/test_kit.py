@@ -46,6 +46,8 @@ def attn_backends():
     yield spec("unloadable", forward="kit_kernels:no_such_function")
     for name in ("off_by_1_percent", "off_by_5_percent_of_17_keys", "lse_off"):
         yield backend(name, name, numerics=Approximate(0.02))
+    for name, scores in (("off_as_its_scores", 1.0), ("off_as_its_scores_unsaid", None)):
+        yield backend(name, "off_as_its_scores", numerics=Approximate(0.02, scores=scores))
     masks = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"packed"})
     yield backend("packed_only", constraints=masks)
     dims = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, head_dims={(192, 128)})
@@ -75,6 +77,10 @@ def off_by_1_percent(query, key, value, *, return_lse=False, **options):
 
 def off_by_5_percent_of_17_keys(query, key, value, *, return_lse=False, **options):
     return times(1.05 if key.shape[1] == 17 else 1.0, query, key, value, return_lse, **options)
+
+def off_as_its_scores(query, key, value, *, scale, return_lse=False, **options):
+    size = scale * query.norm(dim=-1).max() * key.norm(dim=-1).max() / query.shape[3] ** 0.5
+    return times(1 + 0.015 * max(1.0, float(size.abs())), query, key, value, return_lse, scale=scale, **options)
 
 def lse_off(query, key, value, *, return_lse=False, **options):
     out, lse = right(query, key, value, return_lse=True, **options)
@@ -494,6 +500,9 @@ def test_shrinking_keeps_a_call_that_nothing_makes_smaller():
         ("off_by_5_percent_of_17_keys", "head_dims", kit.PASSED),
         ("off_by_5_percent_of_17_keys", "cross_lengths", kit.FAILED),
         ("lse_off", "lse", kit.FAILED),
+        ("off_as_its_scores", "scale", kit.PASSED),
+        ("off_as_its_scores", "magnitudes", kit.PASSED),
+        ("off_as_its_scores_unsaid", "scale", kit.FAILED),
     ],
 )
 def test_an_approximate_backend_is_held_to_its_error_at_every_shape(name, check, status):

@@ -116,7 +116,7 @@ def test_json_has_every_field_and_the_whole_declaration(world, capsys):
         "numerics", "context_parallel", "constraints",
     ]  # fmt: skip
     assert spec["compile"] == {"supported": False, "reason": "it is a secret"}
-    assert spec["numerics"] == {"approximate": True, "error": 0.02}
+    assert spec["numerics"] == {"approximate": True, "error": 0.02, "scores": None}
     assert spec["context_parallel"]["ring"] == {"supported": True, "reason": None}
     assert spec["context_parallel"]["hybrid"] == {"supported": False, "reason": "not declared"}
     first, second = spec["constraints"]

@@ -127,11 +127,6 @@ class Subject:
         """``attention`` on this backend."""
         return partial(attention, backend=self.row.qualified_name)
 
-    @property
-    def error(self) -> float | None:
-        """The relative error that an approximate backend is held to; None for an exact one."""
-        return getattr(self.spec.numerics, "error", None)
-
     def random(self, purpose: str) -> Random:
         """Choices for one purpose, the same ones for the same seed."""
         return Random(f"{self.seed} {self.row.name} {purpose}")  # noqa: S311 (no secret)
@@ -371,7 +366,7 @@ class Subject:
         return torch.zeros(1, device=self.device).add(1).item()
 
     def _compared(self, case: Case, call: Callable[..., Any] | None = None) -> AttnError | Raised | None:
-        found = attempt(partial(compare, case, self.call if call is None else call, error=self.error))
+        found = attempt(partial(compare, case, self.call if call is None else call, numerics=self.spec.numerics))
         if isinstance(found, Raised):
             return found
         refusal = found.value

@@ -147,7 +147,7 @@ class _Func(torch.autograd.Function):
         return (out, lse) if probs else out
 
     @staticmethod
-    def backward(ctx, dout, *others):
+    def backward(ctx, dout, *_others):
         q, k, v, out, lse, *starts = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _flash_attn_backward(dout, q, k, v, out, lse, *starts, None, None, *ctx.longest, *grads, *ctx.options, 0)

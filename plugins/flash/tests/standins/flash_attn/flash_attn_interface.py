@@ -236,7 +236,7 @@ class _Func(torch.autograd.Function):
         return (out, lse, probabilities) if probs else out
 
     @staticmethod
-    def backward(ctx, dout, *others):
+    def backward(ctx, dout, *_others):
         q, k, v, out, lse, rng_state, *starts = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         op = torch.ops.flash_attn._flash_attn_varlen_backward if starts else torch.ops.flash_attn._flash_attn_backward
