@@ -1,17 +1,19 @@
-"""Stand-ins of the libraries, installed as a distribution, before tests are collected: the kit reads declarations."""
+"""Stand-ins of the libraries, installed as a distribution, before tests are collected: the kit reads declarations.
+
+Where a real one is installed there are none: a process has one library of a name.
+"""
 
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+from attn_core import registry
 
-def _install():
+collect_ignore = []
+if any(find_spec(name) for name in ("flash_attn", "flash_attn_interface")):
+    collect_ignore.append("test_libraries.py")  # what it tests is tried over the stand-ins
+else:
     sys.path.insert(0, str(Path(__file__).parent / "standins"))
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]:
-        del sys.modules[name]  # the real one, where it is installed
-    if "attn_core.registry" in sys.modules:
-        sys.modules["attn_core.registry"].refresh()
-
-
-_install()
+    registry.refresh()

@@ -235,6 +235,41 @@ def test_packed_sequences_without_queries_or_keys():
     assert lse[:, :, [1, 2]].isfinite().all()
 
 
+def test_flash_2_is_never_given_the_lse_of_a_blind_query_as_it_is():
+    from attn_flash import flash_2
+
+    query, key = half(1, 4, 2, 16), half(1, 2, 2, 16)
+    given = {"scale": 0.3, "causal": True}
+    out, lse = flash_2.forward(query, key, key, return_lse=True, **given)
+    assert (lse[:, :, :2] == -torch.inf).all()
+    grads = flash_2.backward(torch.ones_like(out), query, key, key, out, lse, **given)  # the stand-in refuses -inf
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][:, :2].any()
+
+
+def test_flash_2_is_not_told_that_every_sequence_has_one_query():
+    query, key = half(1, 2, 2, 16), half(1, 6, 2, 16)
+    starts = torch.tensor([[0, 0, 1, 2], [0, 2, 4, 6]], dtype=torch.int32)
+    out = attention(query, key, key, attn_mask=Packed(*starts), causal=True, backend="flash_standin")
+    alone = attention(query[:, :1], key[:, 2:4], key[:, 2:4], backend="flash_standin")
+    assert torch.equal(out[:, :1], alone)
+
+
+@pytest.mark.parametrize("name", ["flash_standin", "flash_3_standin", "flash_4_standin"])
+def test_hidden_keys_get_no_gradient_where_lengths_could_not_be_read(name, monkeypatch):
+    from attn_core import packing
+
+    monkeypatch.setattr(packing, "_readable", lambda _: False)
+    query = half(2, 6, 2, 16).requires_grad_()
+    key, value = half(2, 6, 2, 16).requires_grad_(), half(2, 6, 2, 16).requires_grad_()
+    keep = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    attention(query, key, value, attn_mask=KeyPadding(keep), backend=name).sum().backward()
+    for tensor in (key, value):
+        assert not tensor.grad[~keep].any()
+    assert value.grad[keep].all()
+    assert not query.grad[1].any()
+
+
 def test_the_core_knows_this_wheel():
     from attn_core.known import known_wheels
     from attn_flash.plugin import attn_backends

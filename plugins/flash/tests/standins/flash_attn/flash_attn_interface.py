@@ -132,6 +132,7 @@ def _flash_attn_varlen_forward(
     for bound, item in zip(longest, starts, strict=True):
         assert item.dtype == torch.int32
         assert bound >= int(item.diff().max())
+    assert max_seqlen_q > 1 or bool((cu_seqlens_q.diff() == 1).all()), "each sequence would be taken to have one query"
     sides = (window_size_left, window_size_right)
     return _fwd(q, k, v, starts, longest, dropout_p, softmax_scale, causal, *sides, softcap)
 
