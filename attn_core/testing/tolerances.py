@@ -203,8 +203,9 @@ class _Analysis:
             error = error * slope.abs() + scores.abs() * (2 * self.capped_error / self.softcap + 4 * self.eps)
             scores = scores * slope
         dropped = weights * self.dropout
-        found["query"] = (self.scale * self._product(error, scores, self.key)).transpose(1, 2)
-        found["key"] = self._of_key_heads(self.scale * self._product(error.mT, scores.mT, self.query))
+        least = _underflow(self.dtype)  # of the gradient, beside that of the product before it is scaled
+        found["query"] = (self.scale * self._product(error, scores, self.key) + least).transpose(1, 2)
+        found["key"] = self._of_key_heads(self.scale * self._product(error.mT, scores.mT, self.query) + least)
         found["value"] = self._of_key_heads(
             self._product((self.probability_error * self.dropout).mT, dropped.mT, grad_out)
         )
