@@ -12,7 +12,7 @@ import torch
 from attn_core import selection
 from attn_core.admission import admit
 from attn_core.errors import BackendNotUsable, CallRefused
-from attn_core.masks import Description, KeyPadding
+from attn_core.masks import Description, KeyPadding, capturing
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
@@ -328,17 +328,13 @@ def _before_compiling(name: str, query: torch.Tensor) -> None:
     Raises:
         CallRefused: a CUDA graph is being captured on the current stream.
     """
-    if _capturing(query):
+    if capturing(query):
         msg = (
             f"{name} refused the call: it compiles at the first call of a kind, which can't be done while a CUDA graph is "
             "captured. Make one call of this kind (dtype, head dims, mask, options, gradients) before the capture"
         )
         raise CallRefused(msg)
     log.info("%s compiles at the first call of a kind, which can take from seconds to minutes", name)
-
-
-def _capturing(query: torch.Tensor) -> bool:
-    return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def resolve(query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> tuple[Admitted, Call]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
+
 from attn_core.masks import KeyPadding, Packed
 from attn_core.packing import Packing, blind_queries, hide, keeps_diagonals, pack
 from attn_core.shaping import aligned, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
-    import torch
-
     from attn_core.shaping import Tensors
+
+_is_traced = torch.compiler.is_dynamo_compiling  # bound once: a look-up through modules on each call adds up
 
 Mask = KeyPadding | Packed | None
 
@@ -206,7 +208,20 @@ def _form(query: torch.Tensor, key: torch.Tensor, attn_mask: KeyPadding | Packed
 
 
 def _shaped(kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
-    width, value_width = kernel.widths(query.shape[3], value.shape[3], query.device)
+    head_dim, value_head_dim = query.shape[3], value.shape[3]
+    width, value_width = kernel.widths(head_dim, value_head_dim, query.device)
+    if (  # nothing to do, found out at a third of the cost
+        width == head_dim
+        and value_width == value_head_dim
+        and not _is_traced()
+        and query.is_contiguous()
+        and key.is_contiguous()
+        and value.is_contiguous()
+        and query.storage_offset() % 8 == 0
+        and key.storage_offset() % 8 == 0
+        and value.storage_offset() % 8 == 0
+    ):
+        return query, key, value
     return aligned(widened(query, width)), aligned(widened(key, width)), aligned(widened(value, value_width))
 
 

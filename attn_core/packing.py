@@ -10,13 +10,14 @@ torch is imported here, as in all that adapters call.
 
 from __future__ import annotations
 
+from math import inf, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from attn_core.errors import CallRefused
-from attn_core.masks import traced
+from attn_core.masks import capturing, traced
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 COLUMNS = 8
 """How many columns ``hide`` adds: kernels read rows in steps of 16 bytes."""
 
-_FACTORS = {torch.float16: 6e4, torch.bfloat16: 1e15}
-"""What ``hide`` puts into each column of query, and negative into those of hidden keys."""
-_BELOW = 1e4
-"""How far below the others the scores of hidden keys have to be at least: exp(-1e4) is 0 in any dtype."""
+HIDDEN = 1e7
+"""How far ``hide`` takes a score down. exp(-HIDDEN) is 0; and float32 still tells scores around -HIDDEN apart to about 1, so
+that what a kernel computes over keys that are all hidden stays finite, until others outweigh it."""
+
+_LARGEST = {torch.float16: 6e4}
+_LEAST = 1e4
+"""What is taken at least, where the dtype ends before."""
 
 
 class Packing(NamedTuple):
@@ -102,8 +106,9 @@ def pack(padding: KeyPadding, query_length: int) -> Packing:
         >>> packing.rows.tolist(), packing.cu_seqlens_k.tolist(), packing.max_seqlen_k
         ([1, 2, 3], [0, 1, 3], 2)
     """
-    readable = _readable(padding)
-    return padding.prepared(("packing", query_length, readable), lambda: _pack(padding.keep, query_length, readable))
+    return padding.prepared(
+        ("packing", query_length), lambda: _pack(padding.keep, query_length, readable=_readable(padding))
+    )
 
 
 def keeps_diagonals(padding: KeyPadding) -> bool:
@@ -115,13 +120,15 @@ def keeps_diagonals(padding: KeyPadding) -> bool:
         >>> keeps_diagonals(KeyPadding(torch.tensor([[False, True]]))), keeps_diagonals(KeyPadding(torch.tensor([[True, False]])))
         (True, False)
     """
-    return _readable(padding) and padding.prepared("keeps_diagonals", lambda: _is_left(padding.keep))
+    return padding.prepared("keeps_diagonals", lambda: _readable(padding) and _is_left(padding.keep))
 
 
 def hide(
     query: torch.Tensor, key: torch.Tensor, padding: KeyPadding, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add columns to query and key that take the score of each hidden key below all others, and change no other score.
+    """Add columns to query and key that take the score of each hidden key down by ``HIDDEN``, and change no other score.
+
+    So nothing is left of it beside any visible key whose score is not that low itself.
 
     A query that sees hidden keys alone gets nonsense, to be replaced: ``blind_queries`` says which those are. With a
     softcap nothing can be hidden so, since it lifts scores to at least -softcap.
@@ -143,17 +150,17 @@ def hide(
         >>> from attn_core import KeyPadding
         >>> q = torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)
         >>> query, key = hide(q, q.expand(1, 2, 1, 8), KeyPadding(torch.tensor([[True, False]])), 1.0)
-        >>> [score > -1e30 for score in (query.double() * key.double()).sum(-1).flatten().tolist()]
+        >>> [score > -1e6 for score in (query.double() * key.double()).sum(-1).flatten().tolist()]
         [True, False]
     """
-    factor = _FACTORS[query.dtype]
-    if scale * factor * factor * COLUMNS < _BELOW:
+    factor = min(sqrt(HIDDEN / (COLUMNS * scale)), _LARGEST.get(query.dtype, inf))
+    if scale * factor * factor * COLUMNS < _LEAST:
         msg = (
             f"a scale of {scale:g} with key padding and a diagonal: padding can't be told from keys in {query.dtype}; "
             "accepted: 1e-6 and up; use backend 'native'"
         )
         raise CallRefused(msg)
-    columns = padding.prepared(("hiding", query.dtype), lambda: _columns(padding.keep, query.dtype, factor))
+    columns = padding.prepared(("hiding", query.dtype, factor), lambda: _columns(padding.keep, query.dtype, factor))
     key_columns = columns[:, :, None, :].expand(*key.shape[:3], COLUMNS)
     return pad(query, (0, COLUMNS), value=factor), torch.cat((key, key_columns), -1)
 
@@ -178,11 +185,10 @@ def blind_queries(
 
 
 def _readable(padding: KeyPadding) -> bool:
-    keep = padding.keep
-    return not traced(keep) and not (keep.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not traced(padding.keep) and not capturing(padding.keep)
 
 
-def _pack(keep: torch.Tensor, query_length: int, readable: bool) -> Packing:
+def _pack(keep: torch.Tensor, query_length: int, *, readable: bool) -> Packing:
     batch, keys = keep.shape
     lengths = keep.sum(1)
     starts = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

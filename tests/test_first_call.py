@@ -37,7 +37,7 @@ def test_each_kind_says_so_once_before_it_runs(query, caplog):
 
 def test_it_is_refused_in_a_capture_until_it_is_warm(query, monkeypatch):
     capturing = [True]
-    monkeypatch.setattr(call, "_capturing", lambda _: capturing[0])
+    monkeypatch.setattr(call, "capturing", lambda _: capturing[0])
     with pytest.raises(CallRefused, match=r"slow refused the call.*before the capture"):
         attention(query, query, query, backend="slow")
     capturing[0] = False

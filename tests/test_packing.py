@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_core import CallRefused, KeyPadding, Packed, packing
+from attn_core import CallRefused, KeyPadding, Packed, masks, packing
 from attn_core.testing.reference import reference
 
 KEPT = {
@@ -99,6 +99,10 @@ def test_hidden_is_padded(name, dtype, scale):
     wide_query, wide_key = packing.hide(query, key, padding, scale)
     assert wide_query.dtype == wide_key.dtype == dtype
     assert wide_query.isfinite().all()
+    scores = torch.einsum("bihd,bjhd->bhij", wide_query.double()[:, :, ::2], wide_key.double()) * scale
+    hidden = scores.permute(0, 3, 1, 2)[~padding.keep].abs()
+    assert hidden.min() > 1e4
+    assert hidden.max() < 1.2e7, "float32 would tell scores that low apart by more than exp can bear"
     out, _ = expected(wide_query, wide_key, value, scale=scale, causal=True)
     wanted, lse = expected(query, key, value, scale=scale, causal=True, attn_mask=padding)
     blind = packing.blind_queries(padding, 4, causal=True)
@@ -137,6 +141,24 @@ def test_it_is_prepared_once_and_anew_when_the_mask_changes():
     padding.keep[0, 0] = True
     assert not packing.keeps_diagonals(padding)
     assert packing.pack(padding, 4).cu_seqlens_k.tolist() == [0, 4, 9, 10]
+
+
+def test_a_captured_graph_uses_what_is_kept_and_keeps_nothing(monkeypatch):
+    now = [False]
+    for module in (masks, packing):
+        monkeypatch.setattr(module, "capturing", lambda *_: now[0])
+    warm, cold = padding_of("left"), padding_of("left")
+    made = packing.pack(warm, 4)
+    assert packing.keeps_diagonals(warm)
+    now[0] = True
+    assert packing.pack(warm, 4) is made
+    assert packing.keeps_diagonals(warm)
+    assert not packing.pack(cold, 4).exact
+    assert packing.blind_queries(cold, 4) is not packing.blind_queries(cold, 4)
+    assert not packing.keeps_diagonals(cold)
+    now[0] = False
+    assert packing.pack(cold, 4).exact
+    assert packing.keeps_diagonals(cold)
 
 
 def test_traced_code_reads_no_value():

@@ -132,6 +132,11 @@ def rows(specs: list[BackendSpec], notes: Notes) -> Iterable[list[str]]:
     yield ["what it is", *(spec.summary for spec in specs)]
     yield ["also called", *(", ".join(f"`{alias}`" for alias in spec.aliases) or "-" for spec in specs)]
     yield ["platforms", *(platforms(spec.alternatives) for spec in specs)]
+    if any(item.compute_capability for spec in specs for item in spec.alternatives):
+        yield [
+            "compute capability",
+            *(in_each(spec, lambda item: describe_capability(item) or "any") for spec in specs),
+        ]
     yield ["dtypes", *(in_each(spec, lambda item: listed(item.dtypes or ())) for spec in specs)]
     yield ["head dims", *(in_each(spec, lambda item: describe_head_dims(item.head_dims)) for spec in specs)]
     yield ["masks", *(in_each(spec, mask_kinds) for spec in specs)]
