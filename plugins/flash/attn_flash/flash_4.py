@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 from flash_attn.cute.interface import _flash_attn_bwd
+from torch.nn.functional import pad
 
 from attn_core.masks import traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
@@ -95,11 +96,17 @@ class _Kernel:
         starts: Starts | None,
         options: Options,
     ) -> Tensors:
-        """The gradients."""
+        """The gradients, computed in steps of 32 of the head dim.
+
+        On Hopper the kernel lays its sums out in steps of 16, and what reads them takes steps of 32: in between, gradients of
+        other rows come out.
+        """
+        width = query.shape[-1]
+        grad_out, query, key, value, out = (_widened(item) for item in (grad_out, query, key, value, out))
         given = (*(starts or _DENSE), options.scale, options.causal, options.left, options.right, options.softcap)
         run: Any = _BACKWARD if traced(query) else _run_backward
         dq, dk, dv = run(grad_out, query, key, value, out, lse, *given, options.deterministic)
-        return dq, dk, dv
+        return dq[..., :width], dk[..., :width], dv[..., :width]
 
 
 def _check_library() -> None:
@@ -119,6 +126,11 @@ _DENSE = (None, None, None, None)
 
 def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    missing = -tensor.shape[-1] % 32
+    return pad(tensor, (0, missing)) if missing else tensor
 
 
 def _side(limit: int) -> int | None:

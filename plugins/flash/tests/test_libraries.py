@@ -235,6 +235,14 @@ def test_packed_sequences_without_queries_or_keys():
     assert lse[:, :, [1, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dim", [1, 16, 32, 40, 72, 112, 136, 256])
+def test_flash_4_differentiates_in_steps_of_32_of_the_head_dim(dim):
+    tensors = [half(1, 5, 2, dim).requires_grad_() for _ in range(3)]
+    grads = torch.autograd.grad(attention(*tensors, backend="flash_4_standin").sum(), tensors)  # the stand-in wants it
+    expected = torch.autograd.grad(attention(*tensors, backend="native_math").sum(), tensors)
+    torch.testing.assert_close(grads, expected, atol=0.02, rtol=0.02)
+
+
 def test_flash_2_is_never_given_the_lse_of_a_blind_query_as_it_is():
     from attn_flash import flash_2
 

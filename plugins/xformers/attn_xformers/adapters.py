@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from attn_core.shaping import Tensors
 
 Mask = Any
+_MOST_PROGRAMS = 65535
+"""How many sequences times heads split-K takes at a time: they are one dimension of its grid."""
 
 
 class _Operator:
@@ -53,7 +55,10 @@ class _Operator:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Result and lse."""
         if starts is None:
-            return call(query, key, value, self.given(None, None, options), lse=return_lse)
+            return self._dense(query, key, value, options, return_lse=return_lse)
+        if key.shape[0] == 0:  # no key in all sequences, of which xformers can't tell the number of heads
+            lse = query.new_full((query.shape[1], query.shape[0]), float("-inf"), dtype=torch.float32)
+            return query.new_zeros((*query.shape[:-1], value.shape[-1])), lse
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
         out, lse = call(query, key, value, self.given(None, starts, options), lse=return_lse)
         return out.squeeze(0), None if lse is None else lse.squeeze(0)
@@ -70,12 +75,25 @@ class _Operator:
         options: Options,
     ) -> Tensors:
         """The gradients."""
+        if starts is not None and key.shape[0] == 0:
+            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         tensors = (grad_out, query, key, value, out, lse)
         if starts is None:
             return call_backward(tensors, self.given(None, None, options))
         packed = tuple(item.unsqueeze(0) for item in tensors)
         dq, dk, dv = call_backward(packed, self.given(None, starts, options))
         return dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)
+
+    def _dense(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, *, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        given = self.given(None, None, options)
+        most = max(_MOST_PROGRAMS // query.shape[2], 1)
+        if self.which != "splitk" or query.shape[0] <= most:
+            return call(query, key, value, given, lse=return_lse)
+        parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
+        found = [call(*part, given, lse=return_lse) for part in parts]
+        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found]) if return_lse else None
 
     def given(self, bias: torch.Tensor | None, starts: Starts | None, options: Options) -> Given:
         """The call in the words of xformers. One query for each sequence would be taken for no causal call."""

@@ -46,6 +46,31 @@ def test_unequal_lengths_are_aligned_bottom_right(calls):
     assert calls[1][2] == (1, 3, 2, 16)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_padding_that_leaves_no_key_at_all(heads):
+    query = half(2, 3, heads[0], 16).requires_grad_()
+    key = half(2, 5, heads[1], 16).requires_grad_()
+    value = half(2, 5, heads[1], 16).requires_grad_()
+    padding = KeyPadding(torch.zeros(2, 5, dtype=torch.bool))
+    out, lse = attention(query, key, value, attn_mask=padding, return_lse=True, backend="xformers_flash_standin")
+    out.sum().backward()
+    assert out.shape == query.shape
+    assert lse.shape == (2, heads[0], 3)
+    assert lse.eq(-torch.inf).all()
+    assert not any(item.any() for item in (out, query.grad, key.grad, value.grad))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_split_k_takes_no_more_at_a_time_than_its_grid_has(calls, heads):
+    batch = 65536 // heads[0] + 1
+    query, key = half(batch, 1, heads[0], 16), half(batch, 2, heads[1], 16)
+    out, lse = attention(query, key, key, return_lse=True, backend="xformers_splitk_standin")
+    assert [call[2][0] for call in calls] == [65535 // heads[0], batch - 65535 // heads[0]]
+    part = slice(batch - 3, None)
+    last = attention(query[part], key[part], key[part], return_lse=True, backend="xformers_splitk_standin")
+    torch.testing.assert_close((out[part], lse[part]), last)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 1, 1, 64), (1, 4, 1, 64), (1, 1, 64, 64)])
 @pytest.mark.parametrize("keys", [64, 61])
 def test_what_a_mask_says_once_is_not_written_out(shape, keys, monkeypatch):

@@ -146,6 +146,7 @@ def _flash_attn_bwd(
     learnable_sink=None,
 ):
     _check((q, k, v, out, dout), (window_size_left, window_size_right))
+    assert all(-width % 32 < 16 for width in (q.shape[-1], v.shape[-1])), "read in steps of 32 what is laid out in 16"
     if q.shape[-2] != k.shape[-2]:
         assert q.shape[-1] == v.shape[-1], "GQA backward requires head_dim == head_dim_v"
     assert lse.dtype == torch.float32

@@ -95,6 +95,8 @@ class SplitK(Operator):
         super().check(query, key, value, bias)
         if query.shape[-1] not in (16, 32, 64, 128, 256, 512):
             raise ValueError(f"Embed dim {query.shape[-1]} not supported")
+        if query.shape[0] * query.shape[2:-1].numel() > 65535:
+            raise RuntimeError("Triton Error [CUDA]: invalid argument")
 
 
 def sides(bias, queries, keys, flash):
@@ -138,6 +140,8 @@ def each(operator, bias, query, key, value):
     """Everything of a call that the plain functions want: starts, sides, and a bias of each sequence."""
     if isinstance(bias, BlockDiagonalMask):
         assert query.shape[0] == 1
+        for item in (query, key, value):
+            item.reshape([item.shape[0] * item.shape[1], -1, item.shape[-1]])  # which the real one does as well
         assert bias.q_seqinfo.seqstart.dtype == torch.int32
         longest = bias.q_seqinfo.max_seqlen, bias.k_seqinfo.max_seqlen
         for bound, item in zip(longest, (bias.q_seqinfo, bias.k_seqinfo), strict=True):
