@@ -41,6 +41,7 @@ def backend(name, forward="right", constraints=LIMITS, **changes):
 def attn_backends():
     yield backend("right")
     yield backend("liar", "causal_forgotten")
+    yield backend("deadly", "ends_the_process")
     yield backend("for_cuda", constraints=Constraints(platforms={"cuda"}, dtypes={"float32"}, masks={"none"}))
     yield backend("lacking", needs="a_module_that_nobody_has")
     yield spec("unloadable", forward="kit_kernels:no_such_function")
@@ -58,6 +59,7 @@ def attn_backends():
     yield backend("nobodys", constraints=Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, rules=(nothing,)))
 """
 KERNELS = """
+import os
 from attn_core.testing import reference
 
 def right(query, key, value, *, scale, attn_mask=None, causal=False, return_lse=False):
@@ -67,6 +69,9 @@ def right(query, key, value, *, scale, attn_mask=None, causal=False, return_lse=
 
 def causal_forgotten(query, key, value, *, causal=False, **options):
     return right(query, key, value, **options)
+
+def ends_the_process(*arguments, **options):
+    os._exit(9)
 
 def times(number, query, key, value, return_lse, **options):
     out, lse = right(query, key, value, return_lse=True, **options)
@@ -233,6 +238,31 @@ def test_only_takes_a_check_with_and_without_its_brackets(capsys):
     assert len(several) > 3
     _, out, _ = attn_check(capsys, "right", "--only", "refused[softcap]", "--json")
     assert [item["check"] for item in json.loads(out)] == ["refused[softcap]"]
+
+
+def test_only_may_be_given_twice_and_a_backend_named_twice_is_checked_once(capsys):
+    status, out, _ = attn_check(capsys, "right", "right", "--only", "causal", "--only", "scale")
+    assert status == 0
+    assert "right: 2 passed" in out
+
+
+def test_nothing_checked_is_no_success(capsys):
+    status, out, _ = attn_check(capsys, "right", "--only", "softcap")
+    assert status == 3
+    assert "nothing was checked" in out
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_the_run(capsys, tmp_path):
+    status, out, err = attn_check(capsys, "right", "--record", str(tmp_path / "nowhere" / "record.json"))
+    assert (status, out) == (2, "")
+    assert "--record" in err
+
+
+def test_a_process_that_ends_is_a_failure_of_its_backend_alone(capsys):
+    status, out, _ = attn_check(capsys, "right", "deadly", "--only", "loads,results,scale")
+    assert status == 1
+    assert "right: 3 passed" in out
+    assert "deadly, process: its process ended (exit status 9) in the check after loads" in out
 
 
 def test_json_is_the_outcomes_and_no_table(capsys):

@@ -441,6 +441,10 @@ def subject(name: str, *, device: str | None = None, seed: int = 0, quick: bool 
         made = Subject(row, place, seed, quick)
         if made.alternatives:
             return made
+    if device is not None:
+        declared = sorted({name for item in row.spec.alternatives for name in item.platforms or ()})
+        msg = f"{row.name} is not for {device}: its declaration has {', '.join(declared)}"
+        raise NotChecked(msg)
     msg = f"{row.name} is not for this machine: {registry.probe(row).reason}"
     raise NotChecked(msg)
 
