@@ -72,7 +72,8 @@ def tests(session: nox.Session) -> None:
     """Run all tests but the exhaustive ones, and every example in a docstring."""
     prepare(session, "tests", model=True)
     if not session.posargs:
-        examples = ["--rootdir", ".", "--doctest-modules", "--pyargs", *PACKAGES]
+        # adapters of libraries that are not installed here can't be imported, and their own tests have stand-ins
+        examples = ["--rootdir", ".", "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", *PACKAGES]
         session.run("python", "-m", "pytest", "-c", CONFIG, *examples)
     run_pytest(session)
 

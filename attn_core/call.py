@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
@@ -11,7 +12,7 @@ import torch
 from attn_core import selection
 from attn_core.admission import admit
 from attn_core.errors import BackendNotUsable, CallRefused
-from attn_core.masks import Description, KeyPadding
+from attn_core.masks import Description, KeyPadding, capturing
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from attn_core.facts import Facts
     from attn_core.reading import Call
     from attn_core.selection import Choice
+
+log = logging.getLogger("attn_core")
 
 KINDS_REMEMBERED = 4096
 """How many kinds of call are remembered before the memory starts over."""
@@ -334,6 +337,8 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
     fixed = {name: option for name, option in call.options.items() if name not in _BROUGHT and name != "scale"}
     run = runner(admitted.row.name, admitted.adapter, call, own_graph=admitted.own_graph)
     run = partial(run, **fixed) if brought else _with_fixed(run, fixed)
+    if admitted.spec.first_call_compiles and not call.empty:
+        _before_compiling(admitted.row.name, query)
     result = run(query, key, value, scale=call.options["scale"], **brought)
     check_result(admitted.row.name, result, query, value, call)
     if kind is not None:
@@ -343,6 +348,21 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
         names = _MASK_ALONE if names == _MASK_ALONE else names  # the same object, which the call compares
         _memory[kind] = (run, default_scale(call.facts.head_dim), names)
     return result
+
+
+def _before_compiling(name: str, query: torch.Tensor) -> None:
+    """Say that the first call of a kind may take long, and refuse it where compiling would become part of a CUDA graph.
+
+    Raises:
+        CallRefused: a CUDA graph is being captured on the current stream.
+    """
+    if capturing(query):
+        msg = (
+            f"{name} refused the call: it compiles at the first call of a kind, which can't be done while a CUDA graph is "
+            "captured. Make one call of this kind (dtype, head dims, mask, options, gradients) before the capture"
+        )
+        raise CallRefused(msg)
+    log.info("%s compiles at the first call of a kind, which can take from seconds to minutes", name)
 
 
 def resolve(query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> tuple[Admitted, Call]:

@@ -540,18 +540,26 @@ class Approximate:
 
     Attributes:
         error: the relative error (Frobenius norm) that it is held to at every shape, between 0 and 1.
+        scores: up to which size of the scores it is: of ``|scale| |q| |k| / sqrt(D)`` for the longest query and key, about
+            1.5 for numbers from randn at the usual scale. Beyond it the error grows in proportion, as that of quantised
+            queries and keys does. None is any size.
     """
 
     error: float
+    scores: float | None = None
     approximate: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.error, bool) or not isinstance(self.error, (int, float)) or not 0 < self.error < 1:
             msg = f"Approximate: error is a relative error between 0 and 1, found {self.error!r}"
             raise DeclarationError(msg)
+        if self.scores is not None and (isinstance(self.scores, bool) or not self.scores > 0):
+            msg = f"Approximate: scores is a size above 0, or None for any, found {self.scores!r}"
+            raise DeclarationError(msg)
 
     def __str__(self) -> str:
-        return f"approximate, relative error up to {self.error:g}"
+        limit = "" if self.scores is None else f" for scores up to {self.scores:g}, in proportion beyond"
+        return f"approximate, relative error up to {self.error:g}{limit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -594,6 +602,8 @@ class BackendSpec:
         numerics: ``Exact()`` or ``Approximate(error)``.
         compile: True when forward traces under ``torch.compile(fullgraph=True)``, else ``No(reason)``.
         first_call_compiles: whether the first call of a kind compiles and so takes long.
+        unverified: why the backend was never run on the hardware that it is for; None where it was. Lists and tables say
+            so.
     """
 
     api: int
@@ -609,6 +619,7 @@ class BackendSpec:
     numerics: Exact | Approximate = field(default_factory=Exact)
     compile: Ability = NOT_DECLARED
     first_call_compiles: bool = False
+    unverified: str | None = None
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -621,6 +632,9 @@ class BackendSpec:
                 raise DeclarationError(msg)
         if not isinstance(self.summary, str) or not self.summary.strip() or "\n" in self.summary:
             msg = f"{owner}: summary is one line of text, found {self.summary!r}"
+            raise DeclarationError(msg)
+        if self.unverified is not None and not (isinstance(self.unverified, str) and self.unverified.strip()):
+            msg = f"{owner}: unverified is the reason as text, or None, found {self.unverified!r}"
             raise DeclarationError(msg)
         self._check_kinds(owner)
         self._check_alternatives(owner)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("Name", "Status", "Provided by", "Context parallel", "Reason")
 
+UNVERIFIED = "not verified on hardware"
+
 _GAP = "  "
 _NARROWEST = 24
 
@@ -80,6 +82,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
     owner = " ".join(part for part in (row.distribution, row.version) if part)
     reason = ": ".join(part for part in (row.reason, row.next_step) if part)
+    if row.spec and row.spec.unverified:
+        reason = "; ".join(part for part in (reason, f"{UNVERIFIED} ({row.spec.unverified})") if part)
     return tuple(map(plain, (row.name, row.status, owner, ", ".join(ways) or "-", reason)))
 
 
@@ -101,7 +105,12 @@ def _spec(spec: BackendSpec) -> dict[str, Any]:
         "needs": _plain(spec.needs),
         "compile": _plain(spec.compile),
         "first_call_compiles": spec.first_call_compiles,
-        "numerics": {"approximate": spec.numerics.approximate, "error": getattr(spec.numerics, "error", None)},
+        "unverified": spec.unverified,
+        "numerics": {
+            "approximate": spec.numerics.approximate,
+            "error": getattr(spec.numerics, "error", None),
+            "scores": getattr(spec.numerics, "scores", None),
+        },
         "context_parallel": _plain(spec.context_parallel),
         "constraints": [_plain(item) for item in spec.alternatives],
     }

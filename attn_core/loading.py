@@ -69,12 +69,15 @@ def load(spec: BackendSpec) -> Adapter:
     """Import what a declaration names, once.
 
     Raises:
-        BackendNotUsable: the library does not load, or a function does not take what the declaration admits.
+        BackendNotUsable: the library does not load, or a function does not take what the declaration admits. Where the
+            adapter raises it itself, as for what has to be allowed first, it is in the adapter's words.
     """
     found = _loaded.get(id(spec))
     if found is not None:
         return found[1]
     adapter = attempt(partial(_adapter, spec))
+    if isinstance(adapter, Raised) and isinstance(adapter.error, BackendNotUsable):
+        raise BackendNotUsable(str(adapter.error)) from adapter.error
     if isinstance(adapter, Raised):
         msg = (
             f"backend {spec.name} is broken: loading {spec.forward} raises {adapter}. "
@@ -99,6 +102,11 @@ def replaced(spec: BackendSpec, adapter: Adapter) -> Iterator[None]:
         del _loaded[id(spec)]
         if before is not None:
             _loaded[id(spec)] = before
+
+
+def refuses_itself(error: BaseException | None) -> bool:
+    """Whether an error of ``load`` is in the adapter's own words: it is not broken, and says what it waits for."""
+    return isinstance(error, BackendNotUsable) and isinstance(error.__cause__, BackendNotUsable)
 
 
 def cause(error: BackendNotUsable) -> str:

@@ -40,14 +40,17 @@ class Description:
     def prepared(self, name: object, build: Callable[[], Prepared]) -> Prepared:
         """Return what ``build()`` made for ``name``, building it once.
 
-        Nothing is kept while code is traced, and nothing of inference tensors, which don't count their changes.
+        Nothing is kept while code is traced, and nothing of inference tensors, which don't count their changes. While a CUDA
+        graph is captured what was kept before is used, and nothing new is kept: it would have no values before a replay.
         """
-        if _traced(*self._tensors) or any(tensor.is_inference() for tensor in self._tensors):
+        if traced(*self._tensors) or any(tensor.is_inference() for tensor in self._tensors):
             return build()
         versions = tuple(tensor._version for tensor in self._tensors)
         kept = self._prepared.get(name)
         if kept is None or kept[0] != versions:
-            kept = self._prepared[name] = (versions, build())
+            kept = (versions, build())
+            if not capturing(*self._tensors):
+                self._prepared[name] = kept
         prepared: Prepared = kept[1]
         return prepared
 
@@ -134,7 +137,7 @@ class Packed(Description):
                 f"{_describe(cu_seqlens_q)} and {_describe(cu_seqlens_k)}"
             )
             raise CallRefused(msg)
-        self._made_traced = _traced(cu_seqlens_q, cu_seqlens_k)
+        self._made_traced = traced(cu_seqlens_q, cu_seqlens_k)
         if not self._made_traced:
             cu_seqlens_q, cu_seqlens_k = _counted(cu_seqlens_q, cu_seqlens_k)
         super().__init__(cu_seqlens_q, cu_seqlens_k)
@@ -187,7 +190,7 @@ class Packed(Description):
         return sum(lengths_q), sum(lengths_k)
 
     def _lengths(self, side: str) -> list[int] | None:
-        if self._made_traced or _traced(*self._tensors):
+        if self._made_traced or traced(*self._tensors):
             return None
         return self.prepared(("lengths", side), lambda: self._read_lengths(side))
 
@@ -202,16 +205,22 @@ class Packed(Description):
         return f"Packed(sequences={self.cu_seqlens_q.shape[0] - 1})"
 
 
-def _traced(*tensors: torch.Tensor) -> bool:
+def traced(*tensors: torch.Tensor) -> bool:
     """Whether these are traced (torch.compile, export, fake tensors), so that values can't be read or kept.
 
     ``torch.compiler.is_compiling`` is true in every thread while one compiles, so it is not asked.
     """
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) is not torch.Tensor for tensor in tensors)
-    )
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for tensor in tensors:  # noqa: SIM110 - a generator costs half a microsecond on the way of a call
+        if type(tensor) is not torch.Tensor:
+            return True
+    return False
+
+
+def capturing(*tensors: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured that calls on these would become part of."""
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def _counted(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -64,6 +64,8 @@ def probe(row: Row) -> Row:
     try:
         adapter = loading.load(spec)
     except BackendNotUsable as error:
+        if loading.refuses_itself(error):
+            return replace(row, status=UNSUPPORTED, reason=plain(str(error)), next_step="")
         return replace(row, status=BROKEN, reason=plain(f"does not load: {loading.cause(error)}"), next_step=step)
     tried = attempt(partial(_try, spec, adapter.forward, trial))
     if isinstance(tried, Raised):

@@ -228,7 +228,8 @@ def _library_shortfall(spec: BackendSpec) -> Shortfall | None:
     if not failed or len(unmet) < len(spec.alternatives) or None in unmet:
         return None
     status = INCOMPATIBLE if any(item.found for item in failed) else MISSING
-    return Shortfall(status, " or ".join(map(str, failed)), f"pip install '{failed[0].requirement}'")
+    install = spec.needs.install if isinstance(spec.needs, Needs) else None
+    return Shortfall(status, " or ".join(map(str, failed)), install or f"pip install '{failed[0].requirement}'")
 
 
 def _unmet_library(library: str) -> Unmet | None:

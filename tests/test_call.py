@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attn_core import AttnError, CallRefused, KeyPadding, Packed, attention, call, explain, plan, set_backend
+from attn_core import AttnError, CallRefused, KeyPadding, Packed, attention, call, explain, plan, registry, set_backend
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -371,7 +371,8 @@ def test_a_plan_of_an_empty_call_and_under_autocast():
     assert planned(Q, Q, Q).dtype == torch.bfloat16
 
 
-def test_explain_has_every_backend_and_its_reasons():
+def test_explain_has_every_backend_and_its_reasons(monkeypatch):
+    monkeypatch.setattr(registry, "known_wheels", lambda: {"attn-elsewhere": ("elsewhere",)})
     found = explain(Q, Q, Q, softcap=2.0, backend="gamma")
     verdicts = {verdict.name: verdict for verdict in found.verdicts}
     assert verdicts["alpha"].admitted

@@ -41,11 +41,14 @@ def backend(name, forward="right", constraints=LIMITS, **changes):
 def attn_backends():
     yield backend("right")
     yield backend("liar", "causal_forgotten")
+    yield backend("deadly", "ends_the_process")
     yield backend("for_cuda", constraints=Constraints(platforms={"cuda"}, dtypes={"float32"}, masks={"none"}))
     yield backend("lacking", needs="a_module_that_nobody_has")
     yield spec("unloadable", forward="kit_kernels:no_such_function")
     for name in ("off_by_1_percent", "off_by_5_percent_of_17_keys", "lse_off"):
         yield backend(name, name, numerics=Approximate(0.02))
+    for name, scores in (("off_as_its_scores", 1.0), ("off_as_its_scores_unsaid", None)):
+        yield backend(name, "off_as_its_scores", numerics=Approximate(0.02, scores=scores))
     masks = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"packed"})
     yield backend("packed_only", constraints=masks)
     dims = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, head_dims={(192, 128)})
@@ -56,6 +59,7 @@ def attn_backends():
     yield backend("nobodys", constraints=Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, rules=(nothing,)))
 """
 KERNELS = """
+import os
 from attn_core.testing import reference
 
 def right(query, key, value, *, scale, attn_mask=None, causal=False, return_lse=False):
@@ -66,6 +70,9 @@ def right(query, key, value, *, scale, attn_mask=None, causal=False, return_lse=
 def causal_forgotten(query, key, value, *, causal=False, **options):
     return right(query, key, value, **options)
 
+def ends_the_process(*arguments, **options):
+    os._exit(9)
+
 def times(number, query, key, value, return_lse, **options):
     out, lse = right(query, key, value, return_lse=True, **options)
     return (out * number, lse) if return_lse else out * number
@@ -75,6 +82,10 @@ def off_by_1_percent(query, key, value, *, return_lse=False, **options):
 
 def off_by_5_percent_of_17_keys(query, key, value, *, return_lse=False, **options):
     return times(1.05 if key.shape[1] == 17 else 1.0, query, key, value, return_lse, **options)
+
+def off_as_its_scores(query, key, value, *, scale, return_lse=False, **options):
+    size = scale * query.norm(dim=-1).max() * key.norm(dim=-1).max() / query.shape[3] ** 0.5
+    return times(1 + 0.015 * max(1.0, float(size.abs())), query, key, value, return_lse, scale=scale, **options)
 
 def lse_off(query, key, value, *, return_lse=False, **options):
     out, lse = right(query, key, value, return_lse=True, **options)
@@ -227,6 +238,31 @@ def test_only_takes_a_check_with_and_without_its_brackets(capsys):
     assert len(several) > 3
     _, out, _ = attn_check(capsys, "right", "--only", "refused[softcap]", "--json")
     assert [item["check"] for item in json.loads(out)] == ["refused[softcap]"]
+
+
+def test_only_may_be_given_twice_and_a_backend_named_twice_is_checked_once(capsys):
+    status, out, _ = attn_check(capsys, "right", "right", "--only", "causal", "--only", "scale")
+    assert status == 0
+    assert "right: 2 passed" in out
+
+
+def test_nothing_checked_is_no_success(capsys):
+    status, out, _ = attn_check(capsys, "right", "--only", "softcap")
+    assert status == 3
+    assert "nothing was checked" in out
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_the_run(capsys, tmp_path):
+    status, out, err = attn_check(capsys, "right", "--record", str(tmp_path / "nowhere" / "record.json"))
+    assert (status, out) == (2, "")
+    assert "--record" in err
+
+
+def test_a_process_that_ends_is_a_failure_of_its_backend_alone(capsys):
+    status, out, _ = attn_check(capsys, "right", "deadly", "--only", "loads,results,scale")
+    assert status == 1
+    assert "right: 3 passed" in out
+    assert "deadly, process: its process ended (exit status 9) in the check after loads" in out
 
 
 def test_json_is_the_outcomes_and_no_table(capsys):
@@ -494,6 +530,9 @@ def test_shrinking_keeps_a_call_that_nothing_makes_smaller():
         ("off_by_5_percent_of_17_keys", "head_dims", kit.PASSED),
         ("off_by_5_percent_of_17_keys", "cross_lengths", kit.FAILED),
         ("lse_off", "lse", kit.FAILED),
+        ("off_as_its_scores", "scale", kit.PASSED),
+        ("off_as_its_scores", "magnitudes", kit.PASSED),
+        ("off_as_its_scores_unsaid", "scale", kit.FAILED),
     ],
 )
 def test_an_approximate_backend_is_held_to_its_error_at_every_shape(name, check, status):

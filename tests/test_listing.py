@@ -12,6 +12,7 @@ import pytest
 from fake_distributions import declaring
 
 from attn_core import cli, listing
+from attn_core.declaration import BackendSpec, Constraints, DeclarationError
 
 world = fake_distributions.world
 
@@ -41,6 +42,21 @@ def three(world):
 def test_the_table_is_the_one_of_the_design(three, capsys):
     assert cli.main(["list-backends"]) == 0
     assert capsys.readouterr() == (TABLE + "\n", "")
+
+
+def test_what_was_never_run_on_its_hardware_says_so(world, capsys):
+    world.wheel("acme-attn", declaring("'acme', unverified='written against acme 3.1 without a GPU'"))
+    world.wheel("gone-attn", declaring("'gone', needs='no_such_kernel', unverified='no machine has one'"))
+    assert cli.main(["list-backends"]) == 0
+    acme, gone = capsys.readouterr().out.splitlines()[1:]
+    assert acme.endswith("-                 not verified on hardware (written against acme 3.1 without a GPU)")
+    assert "needs the module no_such_kernel: " in gone
+    assert gone.endswith("; not verified on hardware (no machine has one)")
+    with pytest.raises(DeclarationError, match="unverified is the reason as text, or None, found True"):
+        BackendSpec(
+            api=1, name="acme", summary="s", forward="a:b", unverified=True,
+            constraints=Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}),
+        )  # fmt: skip
 
 
 def test_a_terminal_gets_the_reason_wrapped_under_its_column(three):
@@ -96,11 +112,11 @@ def test_json_has_every_field_and_the_whole_declaration(world, capsys):
         "version": "1.0", "qualified_name": "acme-attn:acme", "aliases": ["a", "b"],
     }  # fmt: skip
     assert list(spec) == [
-        "api", "summary", "forward", "backward", "autograd", "needs", "compile", "first_call_compiles", "numerics",
-        "context_parallel", "constraints",
+        "api", "summary", "forward", "backward", "autograd", "needs", "compile", "first_call_compiles", "unverified",
+        "numerics", "context_parallel", "constraints",
     ]  # fmt: skip
     assert spec["compile"] == {"supported": False, "reason": "it is a secret"}
-    assert spec["numerics"] == {"approximate": True, "error": 0.02}
+    assert spec["numerics"] == {"approximate": True, "error": 0.02, "scores": None}
     assert spec["context_parallel"]["ring"] == {"supported": True, "reason": None}
     assert spec["context_parallel"]["hybrid"] == {"supported": False, "reason": "not declared"}
     first, second = spec["constraints"]

@@ -154,6 +154,19 @@ def test_what_returns_attention_works(world):
     assert (row.status, row.reason, row.next_step) == ("works", "tried on cpu in bfloat16", "")
 
 
+def test_an_adapter_that_says_itself_that_it_waits_for_something_is_not_broken(world):
+    pytest.importorskip("torch")
+    from attn_core.testing import check_backend
+
+    waits = "from attn_core import BackendNotUsable\nraise BackendNotUsable('acme: not allowed. Next: allow it')"
+    row = tried(world, waits)
+    assert (row.status, row.reason) == ("unsupported", "acme: not allowed. Next: allow it")
+    with pytest.raises(BackendNotUsable, match="^acme: not allowed"):
+        loading.load(row.spec)
+    outcomes = list(check_backend("acme", quick=True, only=("loads", "results").__contains__))
+    assert {outcome.status for outcome in outcomes} == {"not checked"}
+
+
 @pytest.mark.parametrize(
     ("masks", "more", "seen"),
     [

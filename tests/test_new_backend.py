@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from attn_core import attention, registry
 from attn_core.cli import main
 from attn_core.errors import AttnError
+from attn_core.known import known_wheels
 from attn_core.plugin import BackendSpec
 from attn_core.scaffold import KINDS, ScaffoldError, write
 from attn_core.testing import check_backend, compare, draw
@@ -260,7 +261,7 @@ def test_what_is_no_name_is_refused_and_nothing_is_written(name, tmp_path):
         ("_native_math", "accepted"),
         ("alpha", r"taken by attn-stub 1.0, which is installed"),
         ("first", "taken by attn-stub"),
-        ("flash", "taken by attn-flash, which is not installed here"),
+        ("elsewhere", "taken by attn-elsewhere, which is not installed here"),
         ("stub_library", "a distribution stub-library-attn is installed"),
         ("other", "a Python module other_attn can be imported"),
     ],
@@ -272,6 +273,7 @@ def test_a_name_that_is_taken_is_refused(name, said, stubs, tmp_path, monkeypatc
     (there / "stub_library_attn-1.0.dist-info" / "METADATA").write_text("Name: stub-library-attn\nVersion: 1.0\n")
     (there / "other_attn.py").write_text("")
     monkeypatch.syspath_prepend(there)
+    monkeypatch.setattr(registry, "known_wheels", lambda: {**known_wheels(), "attn-elsewhere": ("elsewhere",)})
     registry.refresh()
     with pytest.raises(ScaffoldError, match=said):
         write(name, "eager", tmp_path / "new")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from attn_core.declaration import Backward, CapabilityRange, Constraints, No, describe_head_dims
 from attn_core.hookspec import GROUP
+from kit_tables import hardware_runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -116,6 +117,14 @@ def context_parallel(spec: BackendSpec, notes: Notes) -> str:
     return f"no {notes.refer([str(support)])}" if isinstance(support, No) else ", ".join(support.modes)
 
 
+def on_hardware(spec: BackendSpec, runs: Collection[str], notes: Notes) -> str:
+    """Return whether a run of the kit is recorded. A declaration that says otherwise than the records stops everything."""
+    if spec.name in runs:
+        assert spec.unverified is None, f"a run of {spec.name} is recorded; take unverified= out of its declaration"
+        return "yes"
+    return f"no {notes.refer([spec.unverified or 'no run of the kit is recorded yet'])}"
+
+
 def rows(specs: list[BackendSpec], notes: Notes) -> Iterable[list[str]]:
     """Yield the table, a list of cells for each line, a column for each backend."""
     yield ["", *(f"`{spec.name}`" for spec in specs)]
@@ -123,6 +132,11 @@ def rows(specs: list[BackendSpec], notes: Notes) -> Iterable[list[str]]:
     yield ["what it is", *(spec.summary for spec in specs)]
     yield ["also called", *(", ".join(f"`{alias}`" for alias in spec.aliases) or "-" for spec in specs)]
     yield ["platforms", *(platforms(spec.alternatives) for spec in specs)]
+    if any(item.compute_capability for spec in specs for item in spec.alternatives):
+        yield [
+            "compute capability",
+            *(in_each(spec, lambda item: describe_capability(item) or "any") for spec in specs),
+        ]
     yield ["dtypes", *(in_each(spec, lambda item: listed(item.dtypes or ())) for spec in specs)]
     yield ["head dims", *(in_each(spec, lambda item: describe_head_dims(item.head_dims)) for spec in specs)]
     yield ["masks", *(in_each(spec, mask_kinds) for spec in specs)]
@@ -131,6 +145,8 @@ def rows(specs: list[BackendSpec], notes: Notes) -> Iterable[list[str]]:
         yield [label, *(ability(spec, name, notes) + more(spec) for spec in specs)]
     yield ["`torch.compile`", *(one(spec.compile, notes) for spec in specs)]
     yield ["fit for context parallel", *(context_parallel(spec, notes) for spec in specs)]
+    runs = hardware_runs()
+    yield ["verified on hardware", *(on_hardware(spec, runs, notes) for spec in specs)]
 
 
 def listed(names: Collection[str]) -> str:

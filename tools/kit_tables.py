@@ -52,6 +52,12 @@ def verified() -> str:
     return "\n\n".join(_run(file) for file in files)
 
 
+def hardware_runs() -> frozenset[str]:
+    """Return the backends that a recorded run tried, whatever came out."""
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in RECORDS.glob("*.json")]
+    return frozenset(name for record in records for name in record["backends"])
+
+
 def _run(file: Path) -> str:
     record = json.loads(file.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

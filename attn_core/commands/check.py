@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attn_core import registry
 from attn_core.errors import AttnError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from attn_core.testing.kit import Outcome
 
 FAILED, NOT_CHECKED = 1, 3
-"""Exit statuses: a check failed; nothing failed, but a backend could not be checked on this machine."""
+"""Exit statuses: a check failed; nothing failed, but of a backend nothing could be checked here."""
 
 _WIDTH = 30
 
@@ -24,14 +27,20 @@ _WIDTH = 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.epilog = (
-        "exit status: 0 all passed; 1 a check failed; 2 refused, as a name that nobody has; 3 nothing failed, but a backend "
-        "can't be checked on this machine"
+        "exit status: 0 all passed; 1 a check failed; 2 refused, as a name that nobody has; 3 nothing failed, but of a backend "
+        "nothing could be checked here"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="backends; every installed one where none is given")
-    parser.add_argument("--quick", action="store_true", help="fewer calls: seconds a backend")
+    parser.add_argument("--quick", action="store_true", help="fewer calls: seconds for a backend")
     parser.add_argument("--device", help="such as cpu, cuda; the fastest that a backend declares where not given")
     parser.add_argument("--seed", type=int, default=0, help="where all choices come from; 0 where not given")
-    parser.add_argument("--only", metavar="CHECK,...", help="these checks alone, such as causal,masks")
+    parser.add_argument("--only", action="append", metavar="CHECK,...", help="these checks alone, such as causal,masks")
+    parser.add_argument(
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="how many backends at once; as many as there are processors where not given",
+    )
     parser.add_argument("--json", action="store_true", help="the outcomes as JSON, and no table")
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="also write outcomes, date, device and versions there"
@@ -42,12 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, showing how far it is, and print what came out."""
     from attn_core.testing.kit import checkable
 
-    outcomes: list[Outcome] = []
-    names = checkable(arguments.names)
+    names = _once_each(checkable(arguments.names))
     if arguments.only is not None:
         _require_known(names, _wanted(arguments))
-    for name in names:
-        outcomes += _checked(name, arguments)
+    if arguments.record is not None:
+        _require_writable(arguments.record)
+    outcomes = _checked(names, arguments)
     if arguments.record is not None:
         from attn_core.testing.recording import write
 
@@ -63,25 +72,63 @@ def run(arguments: argparse.Namespace) -> int:
     return exit_status(outcomes)
 
 
-def _checked(name: str, arguments: argparse.Namespace) -> list[Outcome]:
-    from attn_core.testing.kit import check_backend
+def _once_each(names: Sequence[str]) -> list[str]:
+    """The names without those that mean a backend that was named already."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(registry.meant(name).qualified_name, name)
+    return list(first.values())
 
-    found = []
+
+def _checked(names: Sequence[str], arguments: argparse.Namespace) -> list[Outcome]:
+    """The outcomes, in the order of the names."""
+    found: dict[str, list[Outcome]] = {}
     live = sys.stderr.isatty()
-    wanted = _wanted(arguments)
-    only = None if arguments.only is None else (lambda check: _is_meant(check, wanted))
-    outcomes = check_backend(name, device=arguments.device, seed=arguments.seed, quick=arguments.quick, only=only)
-    for outcome in outcomes:
-        found.append(outcome)
+    for outcome in _outcomes(names, arguments):
+        found.setdefault(outcome.backend, []).append(outcome)
         if live:
-            _show(f"{outcome.backend}: {len(found)} checks, {outcome.check}")
+            _show(", ".join(f"{name}: {len(own)} checks" for name, own in found.items()))
     if live:
         _show("")
-    return found
+    order = {registry.meant(name).name: place for place, name in enumerate(names)}
+    return [outcome for name in sorted(found, key=lambda name: order.get(name, 0)) for outcome in found[name]]
+
+
+def _outcomes(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[Outcome]:
+    only = None if arguments.only is None else partial(_is_meant, wanted=_wanted(arguments))
+    options = {"device": arguments.device, "seed": arguments.seed, "quick": arguments.quick, "only": only}
+    if len(names) == 1:
+        from attn_core.testing.kit import check_backend
+
+        return check_backend(names[0], **options)
+    from attn_core.testing.processes import check_backends
+
+    processors = _processors()
+    processes = min(arguments.processes or processors, len(names))
+    longest_first = sorted(names, key=lambda name: not _compiles(name))
+    return check_backends(longest_first, processes=processes, threads=max(1, processors // processes), **options)
+
+
+def _compiles(name: str) -> bool:
+    spec = registry.meant(name).spec
+    return spec is not None and spec.first_call_compiles
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
 
 
 def _wanted(arguments: argparse.Namespace) -> list[str]:
-    return [] if arguments.only is None else [word.strip() for word in re.split(r",(?![^\[]*\])", arguments.only)]
+    given = ",".join(arguments.only or ())
+    return [word for part in re.split(r",(?![^\[]*\])", given) if (word := part.strip())]
 
 
 def _is_meant(check: str, wanted: Sequence[str]) -> bool:
@@ -92,7 +139,6 @@ def _require_known(names: Sequence[str], wanted: Sequence[str]) -> None:
     """Refuse a check that none of these backends has, and that is no check at all."""
     from difflib import get_close_matches
 
-    from attn_core import registry
     from attn_core.testing.checking import checks_of, definitions
 
     specs = [spec for spec in (registry.meant(name).spec for name in names) if spec is not None]
@@ -107,6 +153,16 @@ def _require_known(names: Sequence[str], wanted: Sequence[str]) -> None:
         raise AttnError(msg)
 
 
+def _require_writable(file: Path) -> None:
+    """Refuse before the run, and not after it, what can't be written to."""
+    try:
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        msg = f"--record: {file} can't be written: {error.strerror}. Give a file in a folder that is there"
+        raise AttnError(msg) from error
+
+
 def _show(text: str) -> None:
     print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)  # noqa: T201
 
@@ -117,7 +173,8 @@ def exit_status(outcomes: Sequence[Outcome]) -> int:
 
     if any(outcome.status == kit.FAILED for outcome in outcomes):
         return FAILED
-    if any(outcome.status == kit.NOT_CHECKED and not outcome.check for outcome in outcomes):
+    checked = {outcome.backend for outcome in outcomes if outcome.status != kit.NOT_CHECKED}
+    if not outcomes or any(outcome.backend not in checked for outcome in outcomes):
         return NOT_CHECKED
     return 0
 
@@ -126,6 +183,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
     """A table of checks by backend, and then everything that is not as it should be."""
     from attn_core.testing import kit
 
+    if not outcomes:
+        return "nothing was checked: the checks of --only are not for what these backends declare"
     names = list(dict.fromkeys(outcome.backend for outcome in outcomes if outcome.check))
     by_place = {(outcome.check, outcome.backend): outcome.status for outcome in outcomes if outcome.check}
     marks = {

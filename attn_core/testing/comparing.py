@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_core.declaration import Approximate, Exact
 from attn_core.errors import AttnError
 from attn_core.running import KernelError
 from attn_core.testing.reference import reference
-from attn_core.testing.tolerances import assert_close, assert_near, bounds, rounding
+from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at, rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
 
+_EXACT = Exact()
 
-def compare(case: Case, call: Callable[..., Any], *, error: float | None = None) -> AttnError | None:
+
+def compare(case: Case, call: Callable[..., Any], *, numerics: Exact | Approximate = _EXACT) -> AttnError | None:
     """Make the call and compare everything that comes back with the reference.
 
     Args:
         case: the call.
         call: takes what ``attention`` takes, such as ``partial(attention, backend="native")``.
-        error: of an approximate backend, the relative error (Frobenius norm) that it is held to on top of rounding.
+        numerics: what the backend declares; one that is approximate is held to its error on top of rounding.
 
     Returns:
         None where the call is right, the refusal where it was refused.
@@ -36,10 +39,10 @@ def compare(case: Case, call: Callable[..., Any], *, error: float | None = None)
             call raises passes through.
     """
     with torch.inference_mode() if case.mode == "inference" else nullcontext():
-        return _compare(case, call, error)
+        return _compare(case, call, numerics)
 
 
-def _compare(case: Case, call: Callable[..., Any], error: float | None) -> AttnError | None:
+def _compare(case: Case, call: Callable[..., Any], numerics: Exact | Approximate) -> AttnError | None:
     built = case.build()
     before = {name: _bits(tensor) for name, tensor in built.inputs().items()}
     try:
@@ -53,7 +56,7 @@ def _compare(case: Case, call: Callable[..., Any], error: float | None) -> AttnE
     out, lse = result if case.return_lse else (result, None)
     _check_results(case, built, out, lse)
     found = _gradients(case, built, out)
-    _check_numbers(case, built, out, lse, found, error)
+    _check_numbers(case, built, out, lse, found, numerics)
     if case.deterministic:
         _check_same_bits(case, built, call, out, found)
     for name, tensor in built.inputs().items():
@@ -145,7 +148,7 @@ def _check_numbers(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     found: dict[str, torch.Tensor],
-    error: float | None,
+    numerics: Exact | Approximate,
 ) -> None:
     dtype = effective(case)
     inputs = {name: _given(tensor, case).requires_grad_(name in found) for name, tensor in built.inputs().items()}
@@ -156,7 +159,9 @@ def _check_numbers(
     expected, expected_lse = reference(*tensors, **options)
     grad_out = built.grad_out.to(out.dtype) if found else None
     allowed = bounds(*tensors, grad_out=grad_out, dtype=dtype, **options)
-    close = partial(assert_close, dtype=dtype) if error is None else partial(assert_near, error=error)
+    close = partial(assert_close, dtype=dtype)
+    if isinstance(numerics, Approximate):
+        close = partial(assert_near, error=error_at(numerics, tensors[0], tensors[1], options.get("scale")))
     close(out, expected, what="result", bound=allowed.out)
     if lse is not None:
         close(lse, expected_lse, what="lse", bound=allowed.lse)

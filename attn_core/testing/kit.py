@@ -12,6 +12,7 @@ from attn_core import registry
 from attn_core.errors import AttnError
 from attn_core.guard import Raised, attempt, plain
 from attn_core.known import first_wheel
+from attn_core.loading import refuses_itself
 from attn_core.testing.checking import Check, checks_of
 from attn_core.testing.outcomes import CheckFailed, NotChecked, snippet
 from attn_core.testing.subject import Subject, subject
@@ -65,7 +66,7 @@ def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> 
         if reason is None:
             return told(status=PASSED, detail=outcome.value or "")
         return told(status=FAILED, detail=f"the excuse is no longer needed, the check passes; remove it: {reason}")
-    if isinstance(outcome.error, NotChecked):
+    if isinstance(outcome.error, NotChecked) or refuses_itself(outcome.error):
         return told(status=NOT_CHECKED, detail=str(outcome.error))
     detail = str(outcome.error) if isinstance(outcome.error, AssertionError) else f"raises {outcome}"
     if reason is not None:

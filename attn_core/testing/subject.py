@@ -127,11 +127,6 @@ class Subject:
         """``attention`` on this backend."""
         return partial(attention, backend=self.row.qualified_name)
 
-    @property
-    def error(self) -> float | None:
-        """The relative error that an approximate backend is held to; None for an exact one."""
-        return getattr(self.spec.numerics, "error", None)
-
     def random(self, purpose: str) -> Random:
         """Choices for one purpose, the same ones for the same seed."""
         return Random(f"{self.seed} {self.row.name} {purpose}")  # noqa: S311 (no secret)
@@ -257,8 +252,10 @@ class Subject:
             Different cases; none where none is admitted.
         """
         random = self.random(f"{varied} {each}")
+        if self.spec.first_call_compiles:
+            return self._drawn_again(random.sample(list(each), len(each)), where)
         found: dict[Case, None] = {}
-        wanted = self._thinned(count, len(each))
+        wanted = max(count // 5, 3) if self.quick else max(count, len(each))
         if wanted < len(each):
             each = random.sample(list(each), len(each))
         for turn in range(8 * max(wanted, len(each))):
@@ -272,10 +269,14 @@ class Subject:
                 break
         return list(found)
 
-    def _thinned(self, count: int, at_least: int) -> int:
-        if self.spec.first_call_compiles:
-            return 1
-        return max(count // 5, 3) if self.quick else max(count, at_least)
+    def _drawn_again(self, each: Sequence[Fragment], where: Callable[[Case], bool] | None) -> list[Case]:
+        """One call: where each kind takes seconds to compile, one that other checks make too, or else a plain one."""
+        plain = [self.case(self.plain_fragment, item) for item in each]
+        known = (case for case in (self.plain, *self.combinations.cases) if any(_has(case, item) for item in each))
+        for case in (*known, *plain):
+            if self.admits(case) and (where is None or where(case)):
+                return [case]
+        return []
 
     def admitted(self, each: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of these fields with which a call that is plain otherwise is admitted."""
@@ -365,7 +366,7 @@ class Subject:
         return torch.zeros(1, device=self.device).add(1).item()
 
     def _compared(self, case: Case, call: Callable[..., Any] | None = None) -> AttnError | Raised | None:
-        found = attempt(partial(compare, case, self.call if call is None else call, error=self.error))
+        found = attempt(partial(compare, case, self.call if call is None else call, numerics=self.spec.numerics))
         if isinstance(found, Raised):
             return found
         refusal = found.value
@@ -383,6 +384,10 @@ class Subject:
             raise NotChecked(msg)
         msg = f"it declares {ability}, but admits no call with it that is plain otherwise"
         raise CheckFailed(msg)
+
+
+def _has(case: Case, fragment: Fragment) -> bool:
+    return all(getattr(case, name) == value for name, value in fragment.items())
 
 
 def said_of(alternative: Constraints, ability: str) -> Any:
@@ -436,6 +441,10 @@ def subject(name: str, *, device: str | None = None, seed: int = 0, quick: bool 
         made = Subject(row, place, seed, quick)
         if made.alternatives:
             return made
+    if device is not None:
+        declared = sorted({name for item in row.spec.alternatives for name in item.platforms or ()})
+        msg = f"{row.name} is not for {device}: its declaration has {', '.join(declared)}"
+        raise NotChecked(msg)
     msg = f"{row.name} is not for this machine: {registry.probe(row).reason}"
     raise NotChecked(msg)
 

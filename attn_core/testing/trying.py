@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_core.declaration import Approximate
 from attn_core.errors import CallRefused
 from attn_core.running import KernelError
 from attn_core.testing.outcomes import CheckFailed
 from attn_core.testing.reference import reference
-from attn_core.testing.tolerances import assert_close, assert_near, bounds
+from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at
 
 if TYPE_CHECKING:
     from attn_core.testing.building import Built
@@ -53,12 +54,20 @@ def within(
 ) -> None:
     """Fail where a result is further from the reference than the backend may be."""
     try:
-        if subject.error is None:
-            assert_close(found, expected, found.dtype, what, bound=allowed)
+        numerics = subject.spec.numerics
+        if isinstance(numerics, Approximate):
+            what = "lse" if what.startswith("lse") else what
+            assert_near(found, expected, what=what, bound=allowed, error=_error(numerics, case))
         else:
-            assert_near(
-                found, expected, what="lse" if what.startswith("lse") else what, bound=allowed, error=subject.error
-            )
+            assert_close(found, expected, found.dtype, what, bound=allowed)
     except AssertionError as off:
         msg = str(off) if case is None else f"{off} (after a change to {case!r})"
         raise CheckFailed(msg) from off
+
+
+def _error(numerics: Approximate, case: Case | None) -> float:
+    """The relative error that is allowed at scores of the size of a case's."""
+    if case is None:
+        return numerics.error
+    built = made(case)
+    return error_at(numerics, built.query, built.key, built.options.get("scale"))

@@ -213,7 +213,7 @@ def rule(subject: Subject, text: str) -> str:
 
 
 def _refused_here(subject: Subject, facts: Facts, text: str) -> None:
-    reasons = subject.spec.reasons(facts)
+    reasons = subject.spec.reasons(replace(facts, compiled=facts.compiled and bool(subject.spec.compile)))
     if reasons and not any(text in reason for reason in reasons) and len(subject.spec.alternatives) == 1:
         msg = f"a call that the rule refuses is refused with other words: {'; '.join(reasons)}"
         raise CheckFailed(msg)

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from attn_native.aten_inputs import needs_graph
+from attn_core.shaping import needs_graph
 from attn_native.aten_masks import additive, columns, rows
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_native import aten_corner
-from attn_native.aten_inputs import (
+from attn_core.shaping import (
     infinite_lse,
     positive_scale,
     query_sign,
@@ -24,10 +23,11 @@ from attn_native.aten_inputs import (
     unit_stride,
     widened,
 )
+from attn_native import aten_corner
 from attn_native.aten_masks import Mask, additive, hide_blind
 
 if TYPE_CHECKING:
-    from attn_native.aten_inputs import Tensors
+    from attn_core.shaping import Tensors
 
 _FEW_KEYS = 16  # float32 lanes of the widest vector
 _HALF = (torch.float16, torch.bfloat16)
@@ -89,6 +89,8 @@ def forward(
     out = out.transpose(1, 2)
     if value.shape[3] != width:
         out = out[..., :width]
+    if query.dtype == torch.float64:
+        lse = lse.double()  # it is; a fake one is float32 before torch 2.13
     return (out, hide_blind(lse, attn_mask, keys=key.shape[1], causal=causal)) if return_lse else out
 
 

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core.errors import CallRefused
+from attn_core.shaping import aligned, in_graph, infinite_lse, positive_scale, query_sign, widened
 from attn_native import aten_corner
-from attn_native.aten_inputs import aligned, in_graph, infinite_lse, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
-    from attn_native.aten_inputs import Tensors
+    from attn_core.shaping import Tensors
 
 _CUDNN: Any = torch._scaled_dot_product_cudnn_attention  # cheaper to call than the operator
 _CUDNN_IN_GRAPH: Any = torch.ops.aten._scaled_dot_product_cudnn_attention.default  # Dynamo fails on the other
+_transpose = torch.transpose  # a tenth cheaper than the method
+_grad_enabled = torch.is_grad_enabled
+_is_traced = torch.compiler.is_dynamo_compiling
 _CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
-def forward(
+def forward(  # noqa: C901 - functions of its parts would cost more than they do
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -45,26 +48,36 @@ def forward(
     Raises:
         CallRefused: cuDNN has no kernel for a single key, or a single query with dropout.
     """
-    _, queries, _, head_dim = query.shape  # each shape is read once: a reading costs as much as two checks
-    keys, width = key.shape[1], value.shape[3]
-    if causal and queries != keys:
-        if queries > 1:
-            _check_corner(query, key)
-            return aten_corner.forward((forward, backward), query, key, value, scale=scale, return_lse=return_lse)
-        causal = False  # one query at the end sees every key
-    if keys == 1 or (dropout_p and queries == 1):
-        raise _too_short(queries, keys, dropout_p)
+    # On the way of every call: what is read of a tensor costs more than a comparison, and is read once at most.
+    _, keys, _, head_dim = key.shape
+    width = value.shape[3]
+    if causal or dropout_p:
+        queries = query.shape[1]
+        if causal and queries != keys:
+            if queries > 1:
+                _check_corner(query, key)
+                return aten_corner.forward((forward, backward), query, key, value, scale=scale, return_lse=return_lse)
+            causal = False  # one query at the end sees every key
+        if dropout_p and queries == 1:
+            raise _too_short(queries, keys, dropout_p)
+    if keys == 1:
+        raise _too_short(query.shape[1], keys, dropout_p)
     if scale <= 0.0:
         query, scale = positive_scale(query, scale)
     if head_dim % 8 or width % 8:
         query, key, value = _padded(query, key, value)
-    query, key, value = unexpanded(query), unexpanded(key), unexpanded(value)
-    graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    traced = torch.compiler.is_dynamo_compiling()
+    traced = _is_traced()
+    if traced:
+        query, key, value = _unexpanded_in_graph(query), _unexpanded_in_graph(key), _unexpanded_in_graph(value)
+    else:
+        query = query if query.is_contiguous() and not query.storage_offset() % 8 else unexpanded(query)
+        key = key if key.is_contiguous() and not key.storage_offset() % 8 else unexpanded(key)
+        value = value if value.is_contiguous() and not value.storage_offset() % 8 else unexpanded(value)
+    graph = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     result = (_CUDNN_IN_GRAPH if traced else _CUDNN)(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        _transpose(query, 1, 2),
+        _transpose(key, 1, 2),
+        _transpose(value, 1, 2),
         None,
         return_lse or graph,
         dropout_p,
@@ -72,7 +85,7 @@ def forward(
         False,
         scale=scale,
     )
-    out = result[0].transpose(1, 2)
+    out = _transpose(result[0], 1, 2)
     if graph and not traced:
         # torch reuses its cuDNN backward by the strides of query, key and value alone; a gradient of other strides than
         # the first one's would be read wrongly
@@ -167,9 +180,16 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return aligned(tensor.contiguous())
 
 
-@lru_cache
 def _stats_rank(device: torch.device) -> int:
     """How many dimensions torch's cuDNN ops give the lse: 3 in older versions, 4 in newer ones, and no way to ask."""
+    return _stats_rank_tried(device)
+
+
+_stats_rank._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo asks while it traces, and can't trace the try
+
+
+@lru_cache
+def _stats_rank_tried(device: torch.device) -> int:
     probe = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=device)
     return int(_CUDNN(probe, probe, probe, None, True)[1].dim())
 

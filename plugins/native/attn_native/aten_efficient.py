@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_core.masks import diagonal_mask
-from attn_native.aten_inputs import (
+from attn_core.shaping import (
     aligned,
     infinite_lse,
     positive_scale,
@@ -17,10 +17,10 @@ from attn_native.aten_inputs import (
     summed_heads,
     widened,
 )
-from attn_native.aten_masks import Mask, additive, hide_blind, rows
+from attn_native.aten_masks import Mask, additive, brought_near, hide_blind, rows
 
 if TYPE_CHECKING:
-    from attn_native.aten_inputs import Tensors
+    from attn_core.shaping import Tensors
 
 _EFFICIENT = torch.ops.aten._efficient_attention_forward.default
 _SDPA_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -77,12 +77,13 @@ def forward(
     if heads != key_heads or head_dim % 8 or width % 8:
         query, key, value = _widened(query, key, value)
     query, key, value = aligned(query), aligned(key), aligned(value)
+    bias, far = brought_near(attn_mask, queries, keys, causal=causal)
     compute = _in_graph if torch.compiler.is_dynamo_compiling() else _EFFICIENT
     out, lse = compute(
         query,
         key,
         value,
-        None if attn_mask is None else _bias(attn_mask, query, key),
+        None if bias is None else _bias(bias, query, key),
         None,
         None,
         queries,
@@ -96,7 +97,8 @@ def forward(
         out = out[..., :width]
     if not return_lse:
         return out
-    return out, hide_blind(lse[..., :queries], attn_mask, keys=keys, causal=causal)
+    lse = lse[..., :queries]
+    return out, hide_blind(lse if far is None else lse + far, attn_mask, keys=keys, causal=causal)
 
 
 def backward(

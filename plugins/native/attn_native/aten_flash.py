@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_native.aten_inputs import aligned, infinite_lse, positive_scale, query_sign, widened
+from attn_core.shaping import aligned, infinite_lse, natural_lse, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
     from attn_core.masks import Packed
-    from attn_native.aten_inputs import Tensors
+    from attn_core.shaping import Tensors
 
 _FLASH = torch.ops.aten._flash_attention_forward.default
 _FLASH_BACKWARD = torch.ops.aten._flash_attention_backward.default
@@ -79,7 +79,7 @@ def forward(
         )[:2]
     if padded and value.shape[3] != width:
         out = out[..., :width]
-    return (out, _natural(lse, out)) if return_lse else out
+    return (out, natural_lse(lse, out)) if return_lse else out
 
 
 def backward(
@@ -176,12 +176,6 @@ def _longest(
     if window_size is not None and window_size[1] != 0 and packed.cu_seqlens_q is not packed.cu_seqlens_k:
         longest_k = longest_k + longest_q
     return longest_q, longest_k
-
-
-def _natural(lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The kernel reports +inf both for a query that sees nothing (result 0) and for one that met a NaN (result NaN)."""
-    blind_or_nan = out.detach()[..., 0].transpose(1, 2).to(lse.dtype) - float("inf")
-    return torch.where(lse == float("inf"), blind_or_nan, lse)
 
 
 def _alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:

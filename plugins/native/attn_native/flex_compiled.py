@@ -34,6 +34,9 @@ _SHAPES_KEPT = 4096
 # this for all that it calls.
 _LENGTHS = {"assume_static_by_default": True, "automatic_dynamic_shapes": True}
 
+_entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+"""What is compiled of a code object: nothing any more once ``torch.compiler.reset()`` was called."""
+
 _numbers = count()
 _lookup = Lock()
 _compiling = RLock()  # Dynamo would compile once for each thread that waits, and count each towards the limit.
@@ -89,13 +92,17 @@ class Compiled:
     """flex_attention compiled for one form, and the shapes that it has run with."""
 
     def __init__(self, form: Form) -> None:
-        self.run: Callable[..., Any] = torch.compile(_own_code(form), fullgraph=True, backend=COMPILER)
+        function = _own_code(form)
+        self.code = function.__code__
+        self.run: Callable[..., Any] = torch.compile(function, fullgraph=True, backend=COMPILER)
         self.shapes: set[Any] = set()
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands) -> Any:
         """Compute; one thread at a time while the shapes are new, since that may compile."""
         shape = (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride())
         try:
+            if not _entries(self.code):
+                self.shapes.clear()
             if shape in self.shapes:
                 return self.run(query, key, value, operands)
             with _compiling, torch._dynamo.config.patch(_LENGTHS):

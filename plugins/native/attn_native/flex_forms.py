@@ -144,14 +144,15 @@ def attend(form: Form, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
         options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
     if form.gqa:
         options["enable_gqa"] = True
-    if form.scores:
-        options["score_mod"] = _score_function(form, operands)
+    on_cpu = query.device.type == "cpu"
+    if form.scores or on_cpu:
+        options["score_mod"] = _score_function(form, operands, hides_nan=on_cpu)
     if operands.blocks is not None:
         lengths = (query.shape[1], key.shape[1])
         options["block_mask"] = torch_flex.BlockMask(  # Blocks has its order; torch 2.8 can't trace _asdict
             lengths, *operands.blocks, (BLOCK, BLOCK), _mask_function(form, operands)
         )
-    if query.device.type == "cpu":
+    if on_cpu:
         query, key = _wide(query), _wide(key)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     result: Any = torch_flex.flex_attention(
@@ -174,7 +175,13 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, missing)) if missing > 0 else tensor
 
 
-def _score_function(form: Form, operands: Operands) -> Callable[..., torch.Tensor]:
+def _score_function(form: Form, operands: Operands, *, hides_nan: bool) -> Callable[..., torch.Tensor]:
+    """The score function; with ``hides_nan`` a NaN becomes an infinity, whose softmax is NaN.
+
+    torch's code for CPU takes the largest score of vectors that pass over NaN, and a NaN query or key vanishes from the result
+    (seen on torch 2.13).
+    """
+
     def score_mod(score: Any, b: Any, h: Any, q: Any, kv: Any) -> Any:
         if form.scale is None:
             score = score * operands.factor
@@ -182,7 +189,7 @@ def _score_function(form: Form, operands: Operands) -> Callable[..., torch.Tenso
             score = torch.tanh(score / operands.softcap) * operands.softcap  # type: ignore[operator]
         if form.mask == "float":
             score = score + _dense_at(form, operands, b, h, q, kv)
-        return score
+        return torch.where(score.isnan(), torch.inf, score) if hides_nan else score
 
     return score_mod
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attn_core.plugin import BackendSpec, hookimpl
+from attn_native.specs.accelerators import NPU, XLA
 from attn_native.specs.aten import CUDNN, EFFICIENT, FLASH
 from attn_native.specs.flex import FLEX
 from attn_native.specs.math import MATH
@@ -23,3 +24,5 @@ def attn_backends() -> Iterator[BackendSpec]:
     yield CUDNN
     yield MATH
     yield FLEX
+    yield NPU
+    yield XLA

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from attn_core.masks import Description, visible_mask
+from attn_core.shaping import aligned, in_graph, unit_stride
 from attn_native import aten
-from attn_native.aten_inputs import aligned, in_graph, unit_stride
+from attn_native.aten_masks import brought_near
 from attn_native.math import blind_queries, narrowed
 from attn_native.math import forward as math_forward
 
@@ -81,8 +82,9 @@ def forward(
         or query.storage_offset() % 8
         or key.storage_offset() % 8
         or value.storage_offset() % 8
+        or not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous())
     ):
-        query, key, value = on_boundary(query), on_boundary(key), on_boundary(value)
+        query, key, value = readable(query), readable(key), readable(value)
     if (
         attn_mask is None
         and window_size is None
@@ -101,25 +103,33 @@ def forward(
         query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     mask, blind = _mask(query, key, attn_mask, causal=causal, window_size=window_size, tell=return_lse)
     causal = causal and mask is None
+    far = None
     if mask is not None and query.is_cuda:
-        mask = _readable(mask, key.shape[1])
+        near, far = brought_near(mask, query.shape[1], key.shape[1])
+        mask = _readable_mask(cast("torch.Tensor", near), key.shape[1])
     if return_lse:
-        return _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
+        out, lse = _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
+        return out, lse if far is None else lse + far
     out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
 
 
-def on_boundary(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy what does not begin on 16 bytes: SDPA does not look, and its kernels' misaligned read ends the process."""
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy what does not begin on 16 bytes, or is expanded: SDPA does not look.
+
+    A misaligned read ends the process, and cuDNN refuses a result of an expanded query's strides.
+    """
     if torch.compiler.is_dynamo_compiling():
-        return _on_boundary_in_graph(tensor)
-    return tensor if tensor.storage_offset() % 8 == 0 else tensor.clone(memory_format=torch.contiguous_format)
+        return _readable_in_graph(tensor)
+    if tensor.storage_offset() % 8 == 0 and 0 not in tensor.stride():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
-_on_boundary_in_graph = in_graph(on_boundary)
+_readable_in_graph = in_graph(readable)
 
 
-def _readable(mask: torch.Tensor, keys: int) -> torch.Tensor:
+def _readable_mask(mask: torch.Tensor, keys: int) -> torch.Tensor:
     """Lay a mask out as SDPA's kernels for CUDA read it: keys side by side, and each row on 16 bytes, which nobody checks."""
     return aligned(mask if mask.shape[3] == keys else mask.expand(-1, -1, -1, keys))
 

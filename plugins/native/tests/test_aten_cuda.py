@@ -146,6 +146,21 @@ def test_a_refusal_is_in_the_words_of_this_device(backend, fields, words):
     assert "device: found" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("hidden", [-1e38, -2.5e38, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["native", "native_efficient"])
+def test_a_row_of_the_smallest_numbers_hides_nothing(backend, dtype, hidden, causal):
+    """The bounds know nothing here, since such numbers swallow the scores: all keys that are left count alike."""
+    query, key, value = (torch.randn(2, 9, 2, 16, device=DEVICE, dtype=dtype) for _ in range(3))
+    mask = torch.zeros(1, 1, 9, 9, device=DEVICE, dtype=dtype)
+    mask[:, :, 4] = torch.finfo(dtype).min if hidden is None else hidden
+    out, lse = attention(query, key, value, attn_mask=mask, causal=causal, return_lse=True, backend=backend)
+    seen = value[:, :5] if causal else value
+    torch.testing.assert_close(out[:, 4], seen.float().mean(1).to(dtype), rtol=0, atol=0.02)
+    torch.testing.assert_close(lse[:, :, 4], mask[:, :, 4, :1].float().expand(2, 2, 1)[..., 0])
+
+
 # --- the backward as a function of its own ------------------------------------------------------------------------------
 
 

@@ -309,6 +309,34 @@ def test_the_first_call_of_a_kind_may_be_a_compiled_one(inference):
 
 
 @COMPILED
+def test_what_was_compiled_may_be_forgotten():
+    """Code compiled anew inside a user's dynamic=True would take every size for a variable, and not compile on a CPU."""
+    query, key, value = tensors(2, 130, 130, heads=3, key_heads=3)
+    mask = torch.rand(2, 1, 130, 130) < 0.5
+
+    def model(query, key, value):
+        return flex.forward(query, key, value, scale=SCALE, attn_mask=mask, window_size=(-1, 2), softcap=2.0)
+
+    expected, _ = reference(query, key, value, scale=SCALE, attn_mask=mask, window_size=(-1, 2), softcap=2.0)
+    with torch.no_grad():
+        model(query, key, value)
+        torch.compiler.reset()
+        found = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")(query, key, value)
+    assert wrong_by(found, expected) < ROUNDING[torch.float32]
+
+
+@COMPILED
+@pytest.mark.parametrize("length", [16, 33])
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_nan_is_not_hidden(name, length):
+    """torch's code for CPU passes over it where it looks for the largest score."""
+    given = dict(zip(("query", "key", "value"), tensors(1, length, length, heads=2, key_heads=2), strict=True))
+    given[name][0, 3, 1, 2] = torch.nan
+    expected, _ = reference(**given, scale=SCALE, causal=True)
+    assert torch.equal(flex.forward(**given, scale=SCALE, causal=True).isnan(), expected.isnan())
+
+
+@COMPILED
 @pytest.mark.parametrize(
     ("dynamic", "kind"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attn_core.plugin import BackendSpec, Backward, CapabilityRange, Constraints, ContextParallelSupport, No, Rule
 
 _NO_SOFTCAP = No("torch's kernel has no softcap; native_math and flex do")
@@ -20,6 +22,7 @@ _ALL_PARALLEL = ContextParallelSupport(ring=True, ulysses=True, hybrid=True)
 
 _FLASH_ON_CPU = Constraints(
     platforms={"cpu"},
+    library="torch>=2.13",
     dtypes={"float16", "bfloat16", "float32", "float64"},
     masks={
         "none": True,
@@ -42,6 +45,18 @@ _FLASH_ON_CPU = Constraints(
     forward_mode=_NO_FORWARD_MODE,
     backward=True,
     double_backward=_NO_DOUBLE_BACKWARD,
+)
+
+_FLASH_ON_CPU_BEFORE = replace(
+    _FLASH_ON_CPU,
+    library="torch<2.13",
+    rules=(
+        Rule(
+            "return_lse with float64 inside torch.compile: before torch 2.13 compiled code takes that lse for float32; "
+            "use native_math",
+            lambda facts: facts.compiled and facts.return_lse and facts.dtype == "float64",
+        ),
+    ),
 )
 
 _FLASH_ON_CUDA = Constraints(
@@ -104,7 +119,7 @@ FLASH = BackendSpec(
     forward="attn_native.aten:flash_forward",
     backward="attn_native.aten:flash_backward",
     autograd="own",
-    constraints=(_FLASH_ON_CPU, _FLASH_ON_CUDA),
+    constraints=(_FLASH_ON_CPU, _FLASH_ON_CPU_BEFORE, _FLASH_ON_CUDA),
     context_parallel=_ALL_PARALLEL,
     compile=True,
 )

@@ -1,4 +1,4 @@
-"""What SDPA prepares before it calls a kernel, and a caller of the op has to prepare itself."""
+"""Tensors as kernels want them: scales above 0, head dims of a width, rows that can be read 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def in_graph(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
     """
     _LIBRARY.define(f"{function.__name__}(Tensor tensor) -> Tensor")
     _LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
-    operator: Callable[[torch.Tensor], torch.Tensor] = getattr(torch.ops.attn_native, function.__name__).default
+    operator: Callable[[torch.Tensor], torch.Tensor] = getattr(torch.ops.attn_core, function.__name__).default
     return operator
 
 
@@ -77,13 +77,24 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-_LIBRARY = torch.library.Library("attn_native", "DEF")
+_LIBRARY = torch.library.Library("attn_core", "DEF")
 _aligned_in_graph = in_graph(aligned)
 
 
 def infinite_lse(lse: torch.Tensor) -> torch.Tensor:
     """The lse as backward kernels want it: +inf, not -inf, for a query that sees nothing, so that exp gives 0."""
     return lse.masked_fill(lse == float("-inf"), float("inf"))
+
+
+def natural_lse(lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The lse of FlashAttention-2, which is +inf both for a query that sees nothing (result 0) and for one that met a NaN.
+
+    Args:
+        lse: (B, H, S), or (H, N) of a packed call.
+        out: the result, (B, S, H, D) or (N, H, D).
+    """
+    blind_or_nan = out.detach()[..., 0].transpose(-1, -2).to(lse.dtype) - float("inf")
+    return torch.where(lse == float("inf"), blind_or_nan, lse)
 
 
 def needs_graph(*tensors: Any) -> bool:

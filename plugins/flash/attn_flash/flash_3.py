@@ -1,0 +1,112 @@
+"""Adapter of flash-attn 3 (``flash_attn_interface``), written against hopper/ of flash-attention at commit 0251105a2fb1.
+
+Its forward and backward are operators of their own, which trace. lse is natural, and -inf where a query sees nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flash_attn_interface import _flash_attn_backward, flash_attn_func, flash_attn_varlen_func
+
+from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
+
+if TYPE_CHECKING:
+    from attn_core.shaping import Tensors
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Any:
+    """Attention by flash-attn 3, with its graph; see ``attn_core.attention`` for the meaning of the arguments."""
+    options = options_of(scale, causal, window_size, softcap, deterministic=deterministic)
+    return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
+
+
+def backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,
+) -> Tensors:
+    """Gradients of query, key and value; ``out`` and ``lse`` may be those of a longer key sequence."""
+    options = options_of(scale, causal, window_size, softcap, deterministic=deterministic)
+    return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
+
+
+class _Kernel:
+    def widths(self, head_dim: int, value_head_dim: int, _: torch.device) -> tuple[int, int]:
+        """One for all, in steps of 8."""
+        width = max(head_dim, value_head_dim)
+        width += -width % 8
+        return width, width
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: Starts | None,
+        options: Options,
+        *,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Result with its graph, and lse."""
+        given = {
+            "softmax_scale": options.scale,
+            "causal": options.causal,
+            "window_size": (options.left, options.right),
+            "softcap": options.softcap,
+            "deterministic": options.deterministic,
+            "return_attn_probs": return_lse,
+        }
+        if starts is None:
+            found = flash_attn_func(query, key, value, **given)
+        else:
+            found = flash_attn_varlen_func(query, key, value, *starts, **given)
+        return found if return_lse else (found, None)
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        starts: Starts | None,
+        options: Options,
+    ) -> Tensors:
+        """The gradients."""
+        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        packed: dict[str, Any] = {} if starts is None else starts._asdict()
+        dq, dk, dv = grads
+        _flash_attn_backward(
+            grad_out, query, key, value, out, lse, dq=dq, dk=dk, dv=dv,
+            softmax_scale=options.scale, is_causal=options.causal, softcap=options.softcap,
+            window_size_left=options.left, window_size_right=options.right, deterministic=options.deterministic, **packed,
+        )  # fmt: skip
+        return grads
+
+
+KERNEL = _Kernel()

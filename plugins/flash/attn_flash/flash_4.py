@@ -1,0 +1,234 @@
+"""Adapter of flash-attn 4 (``flash_attn.cute``), written against 4.0.0b36.
+
+Its public functions are called in eager code. They can't be traced, so in traced code two operators made here stand for
+them. An unlimited side of a window is None there, -1 being a number. lse is natural, and -inf where a query sees nothing.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+from flash_attn.cute.interface import _flash_attn_bwd
+from torch.nn.functional import pad
+
+from attn_core.masks import traced
+from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
+
+if TYPE_CHECKING:
+    from attn_core.shaping import Tensors
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,  # noqa: ARG001 - the forward always is
+    return_lse: bool = False,
+) -> Any:
+    """Attention by flash-attn 4; see ``attn_core.attention`` for the meaning of the arguments."""
+    options = options_of(scale, causal, window_size, softcap)
+    return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
+
+
+def backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,
+) -> Tensors:
+    """Gradients of query, key and value; ``out`` and ``lse`` may be those of a longer key sequence."""
+    options = options_of(scale, causal, window_size, softcap, deterministic=deterministic)
+    return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
+
+
+class _Kernel:
+    def widths(self, head_dim: int, value_head_dim: int, device: torch.device) -> tuple[int, int]:
+        """One width, which the backward with grouped queries wants; on Blackwell there is none between 128 and 256."""
+        width = max(head_dim, value_head_dim)
+        width += -width % 8
+        if width > 128 and _major(device) in (10, 11):
+            width = 256
+        return width, width
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: Starts | None,
+        options: Options,
+        *,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Result and lse."""
+        given = (*(starts or _DENSE), options.scale, options.causal, options.left, options.right, options.softcap)
+        if not traced(query):
+            return _run(query, key, value, *given, return_lse=return_lse)
+        out, lse = _FORWARD(query, key, value, *given)
+        return out, lse
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        starts: Starts | None,
+        options: Options,
+    ) -> Tensors:
+        """The gradients, computed in steps of 32 of the head dim.
+
+        On Hopper the kernel lays its sums out in steps of 16, and what reads them takes steps of 32: in between, gradients of
+        other rows come out.
+        """
+        width = query.shape[-1]
+        grad_out, query, key, value, out = (_widened(item) for item in (grad_out, query, key, value, out))
+        given = (*(starts or _DENSE), options.scale, options.causal, options.left, options.right, options.softcap)
+        run: Any = _BACKWARD if traced(query) else _run_backward
+        dq, dk, dv = run(grad_out, query, key, value, out, lse, *given, options.deterministic)
+        return dq[..., :width], dk[..., :width], dv[..., :width]
+
+
+def _check_library() -> None:
+    """flash-attn 2 carries an early ``flash_attn.cute``, which takes the place of this one where it is installed later."""
+    if "return_lse" not in signature(flash_attn_func).parameters:
+        msg = (
+            "flash_attn.cute is not that of flash-attn-4 but the early one that flash-attn 2 carries; "
+            "pip install --pre --force-reinstall --no-deps flash-attn-4"
+        )
+        raise ImportError(msg)
+
+
+_check_library()
+KERNEL = _Kernel()
+_DENSE = (None, None, None, None)
+
+
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    missing = -tensor.shape[-1] % 32
+    return pad(tensor, (0, missing)) if missing else tensor
+
+
+def _side(limit: int) -> int | None:
+    return None if limit < 0 else limit
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    *,
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
+    if left >= 0 or (right >= 0 and not causal):
+        options["window_size"] = (_side(left), _side(right))
+    if cu_seqlens_q is None:
+        out, lse = flash_attn_func(query, key, value, **options)
+    else:
+        out, lse = flash_attn_varlen_func(
+            query, key, value,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def _run_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    deterministic: bool,
+) -> Tensors:
+    dq, dk, dv = _flash_attn_bwd(
+        query, key, value, out, grad_out, lse,
+        softmax_scale=scale, causal=causal, softcap=softcap,
+        window_size_left=_side(left), window_size_right=None if causal else _side(right),
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        deterministic=deterministic,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+# --- operators for traced code ------------------------------------------------------------------------------------------
+
+_GIVEN = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "float scale, bool causal, SymInt left, SymInt right, float softcap"
+)
+
+
+@torch.library.custom_op(
+    "attn_flash::flash_4_forward",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_GIVEN}) -> (Tensor, Tensor)",
+)
+def _FORWARD(*given: Any) -> Any:  # noqa: N802 - an operator
+    with torch.no_grad():
+        return _run(*given)
+
+
+@_FORWARD.register_fake
+def _(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32).transpose(-1, -2).contiguous()
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
+
+
+@torch.library.custom_op(
+    "attn_flash::flash_4_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_GIVEN}, "
+    "bool deterministic) -> (Tensor, Tensor, Tensor)",
+)
+def _BACKWARD(*given: Any) -> Any:  # noqa: N802 - an operator
+    return _run_backward(*given)
+
+
+@_BACKWARD.register_fake
+def _(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: Any) -> Tensors:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)

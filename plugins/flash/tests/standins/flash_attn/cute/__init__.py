@@ -1,0 +1,5 @@
+"""Stands in for flash-attn 4, with the signatures and conventions of 4.0.0b36, on a CPU."""
+
+from .interface import flash_attn_func, flash_attn_varlen_func
+
+__all__ = ["flash_attn_func", "flash_attn_varlen_func"]

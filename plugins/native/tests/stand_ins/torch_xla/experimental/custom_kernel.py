@@ -1,0 +1,37 @@
+"""A stand-in of torch_xla 2.9.0's flash attention in plain torch: the same signature, limits and conventions."""
+
+from __future__ import annotations
+
+import torch
+
+HIDDEN = -0.7 * torch.finfo(torch.float32).max
+
+
+def flash_attention(
+    q,
+    k,
+    v,
+    causal=False,
+    q_segment_ids=None,
+    kv_segment_ids=None,
+    sm_scale=1.0,
+    *,
+    ab=None,
+    partition_spec=None,
+    mesh=None,
+):
+    assert ab is None
+    assert q.shape[:2] == k.shape[:2] == v.shape[:2]
+    assert sm_scale > 0
+    for tensor in (q, k):
+        length = tensor.shape[2]
+        assert length % 128 == 0
+        assert length % min(512, length) == 0
+    assert (q_segment_ids is None) == (kv_segment_ids is None)
+    scores = (q.float() @ k.float().mT) * sm_scale
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool)
+    if causal:
+        hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if q_segment_ids is not None:
+        hidden = hidden | (q_segment_ids[:, None, :, None] != kv_segment_ids[:, None, None, :])
+    return (scores.masked_fill(hidden, HIDDEN).softmax(-1) @ v.float()).to(q.dtype)

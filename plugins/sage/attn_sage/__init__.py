@@ -1,0 +1,1 @@
+"""SageAttention as backends of attn: quantised, approximate, and chosen only by name."""

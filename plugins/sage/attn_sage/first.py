@@ -1,0 +1,82 @@
+"""sageattention 1: one Triton kernel, which returns no log-sum-exp.
+
+Three things of version 1.0.6 that are mended here (all of them seen in its source):
+
+- it subtracts the mean from the caller's key in place; here it is given a smoothed copy and told not to smooth;
+- without causal it reads keys in blocks of 64 and counts the missing ones of the last block with a score of 0, so that the
+  results of other lengths are too small. They are divided by the share of the real ones, see ``inputs.share_of``. Key
+  padding comes from the same: hidden keys are made 0, and taken out again;
+- NaN in query or key becomes 0; see ``inputs.smooth``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sageattention import sageattn
+
+from attn_core.masks import traced
+from attn_sage.inputs import check_sizes, divide, on_device, padded, share_of, smooth
+
+if TYPE_CHECKING:
+    from attn_core.masks import KeyPadding
+
+NAME = "sage"
+BLOCK = 64
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: KeyPadding | None = None,
+    causal: bool = False,
+    deterministic: bool = False,  # noqa: ARG001 - the kernel adds in a fixed order
+) -> torch.Tensor:
+    """Attend with int8 scores.
+
+    Args:
+        query: (B, Sq, Hq, D), D of 64, 96 or 128, float16, bfloat16 or float32.
+        key: (B, Skv, Hkv, D).
+        value: (B, Skv, Hkv, D); computed in float16, so beyond its range the result is infinite.
+        scale: of the scores.
+        attn_mask: which keys are real, without causal.
+        causal: with as many queries as keys.
+        deterministic: always so.
+
+    Returns:
+        (B, Sq, Hq, D) in query's dtype.
+    """
+    keep = None if attn_mask is None else attn_mask.keep
+    return (_operator if traced(query, key, value) else _attend)(query, key, value, keep, float(scale), causal)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None, scale: float, causal: bool
+) -> torch.Tensor:
+    check_sizes(NAME, query, key, value)
+    with on_device(query), torch.no_grad():
+        inputs = padded(1 if causal else BLOCK, query, smooth(query, key, keep).key, value, keep)
+        out = _kernel(*inputs, scale, causal)
+        share = share_of(inputs[2], key.shape[1], keep, lambda ones: _kernel(*inputs[:2], ones, scale, causal))
+        if share is not None:
+            out = divide(out, share)
+    return out
+
+
+def _kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    out: torch.Tensor = sageattn(
+        query, key, value, tensor_layout="NHD", is_causal=causal, sm_scale=scale, smooth_k=False
+    )
+    return out
+
+
+_operator = torch.library.custom_op("attn_sage::first", _attend, mutates_args=())
+
+
+@_operator.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape)

@@ -1,0 +1,132 @@
+"""What every kernel of sageattention needs done around it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from attn_core.errors import CallRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GRID = 65_535
+"""The largest second and third dimension of a CUDA grid; batch and heads go there."""
+OFFSETS = 2**31
+"""The kernels count the numbers of a tensor in 32 bits."""
+NEGLIGIBLE = 1e-3
+"""The share of missing keys that is left as it is; a twentieth of the error that int8 scores make."""
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Make the device of a tensor the current one, on which Triton launches, and put back the one that was.
+
+    sageattention 2 changes the current device of the process by itself; this undoes it.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def check_sizes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuse what the kernels can't count: they do not check, and would read from the wrong place.
+
+    Raises:
+        CallRefused: too many sequences or heads for a grid, or too many numbers for 32 bits.
+    """
+    batch, _, heads, head_dim = query.shape
+    rows = max(batch * heads if head_dim == 96 else batch, heads)  # one kernel has both in one dimension of its grid
+    if rows > GRID:
+        msg = f"{name}: found a batch of {batch} with {heads} heads; accepted: up to {GRID} of each. Next: split the batch"
+        raise CallRefused(msg)
+    for label, tensor in (("query", query), ("key", key), ("value", value)):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if max(last, tensor.numel()) >= OFFSETS:
+            msg = f"{name}: {label} spans {last + 1} numbers; accepted: up to {OFFSETS}. Next: split the batch or the heads"
+            raise CallRefused(msg)
+
+
+class Smoothed(NamedTuple):
+    """A key made smooth.
+
+    Attributes:
+        key: less its mean, a copy (B, Skv, Hkv, D).
+        mean: (B, 1, Hkv, D).
+        finite: whether all queries and keys of a key head are finite, (B, Hkv).
+    """
+
+    key: torch.Tensor
+    mean: torch.Tensor
+    finite: torch.Tensor
+
+
+def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = None) -> Smoothed:
+    """Take its mean over the sequence from the key, which changes each score of a query alike; 0 what is not to be kept.
+
+    The kernels turn NaN into 0 when they quantise, and so hide it. An infinity in the first key makes the scale of its
+    block infinite, and every score in it NaN; each query sees that block. So it stands for whatever is not finite in the
+    queries and keys of a head.
+    """
+    if keep is None:
+        mean = key.mean(1, keepdim=True)
+        smoothed = key - mean
+    else:
+        kept = hide(key, keep)
+        count = keep.sum(1).clamp(min=1)[:, None, None, None]
+        mean = (kept.sum(1, keepdim=True, dtype=torch.float32) / count).to(key.dtype)
+        smoothed = hide(kept - mean, keep)
+    groups = query.shape[2] // key.shape[2]
+    of_query = query.sum((1, 3), dtype=torch.float32).unflatten(1, (key.shape[2], groups)).sum(-1)
+    finite = (of_query + mean.sum((1, 3), dtype=torch.float32)).isfinite()
+    smoothed[:, 0, :, 0] = torch.where(finite, smoothed[:, 0, :, 0], float("inf"))
+    return Smoothed(smoothed, mean, finite)
+
+
+def hide(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """A copy of keys or values (B, Skv, H, D) that is 0 where they are not to be kept, (B, Skv)."""
+    return tensor.masked_fill(~keep[:, :, None, None], 0.0)
+
+
+def padded(
+    block: int, query: torch.Tensor, smoothed: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs with keys and values of 0 up to a multiple of ``block``, laid out as the kernels insist on."""
+    missing = -smoothed.shape[1] % block
+    value = value if keep is None else hide(value, keep)
+    if missing:
+        smoothed, value = pad(smoothed, (0, 0, 0, 0, 0, missing)), pad(value, (0, 0, 0, 0, 0, missing))
+    return unit_stride(query), unit_stride(smoothed), unit_stride(value)
+
+
+def share_of(
+    value: torch.Tensor, keys: int, keep: torch.Tensor | None, weigh: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | None:
+    """Which share of the probabilities is that of real keys, (B, Sq, Hq, D), where others were counted with a score of 0.
+
+    It is what the kernel returns for values of 1 where keys are real. None where it is 1 but for a negligible error: the
+    mean of smoothed scores is 0, so that the exponentials of ``keys`` of them add up to no less than their number (Jensen),
+    and each padded key adds 1. For the same reason the largest real score is never far below the others' 0.
+
+    Args:
+        value: as the kernel was given it, padded.
+        keys: how many keys the call has.
+        keep: which of them are real, (B, keys), or None for all.
+        weigh: the kernel, for the same queries and keys and other values.
+    """
+    missing = value.shape[1] - keys
+    if keep is None and missing <= NEGLIGIBLE * keys:
+        return None
+    real = value.new_ones(1, keys) if keep is None else keep.to(value.dtype)
+    ones = pad(real, (0, missing))[:, :, None, None].expand(-1, -1, 1, value.shape[3]).contiguous()
+    return weigh(ones.expand(value.shape))
+
+
+def divide(out: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The result for real keys alone; 0 for a query that sees none."""
+    return torch.where(share != 0, out / share, 0.0)
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """Lay the last dimension out densely, as the kernels insist on."""
+    return tensor if tensor.stride(3) == 1 else tensor.clone(memory_format=torch.contiguous_format)

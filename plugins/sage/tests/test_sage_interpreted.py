@@ -1,0 +1,74 @@
+"""The Triton kernels of sageattention 1 themselves, interpreted on the CPU, where both are installed.
+
+``sageattn`` insists on a GPU, so its two halves are called: what quantises, and what attends.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import pytest
+
+SCRIPT = """
+import sys, types
+import torch
+from sageattention import core
+
+def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True):
+    assert tensor_layout == "NHD" and not smooth_k
+    small = q.shape[-1] == 96
+    quantise = core.per_block_int8_hd96 if small else core.per_block_int8
+    attend = ((core.attn_false, core.attn_true), (core.attn_h96_false, core.attn_h96_true))[small][is_causal]
+    rounded_q, q_scale, rounded_k, k_scale = quantise(q, k, sm_scale=sm_scale, tensor_layout=tensor_layout)
+    return attend(rounded_q, rounded_k, v.half(), q_scale, k_scale, tensor_layout=tensor_layout, output_dtype=q.dtype)
+
+library = types.ModuleType("sageattention")
+library.sageattn = sageattn
+sys.modules["sageattention"] = library
+from attn_core import KeyPadding
+from attn_core.testing import reference
+from attn_sage import first
+
+random = torch.Generator().manual_seed(0)
+keep = torch.rand(2, 77, generator=random) < 0.5
+keep[0] = False
+for dim, queries, keys, causal, padding in (
+    (64, 70, 77, False, None), (64, 64, 64, False, None), (96, 70, 70, True, None), (96, 5, 1, False, None),
+    (64, 33, 77, False, KeyPadding(keep)),
+):
+    q, k, v = (torch.randn(2, length, heads, dim, generator=random) for length, heads in ((queries, 2), (keys, 1), (keys, 1)))
+    out = first.forward(q, k + 1, v, scale=0.125, causal=causal, attn_mask=padding)
+    expected, _ = reference(q, k + 1, v, scale=0.125, causal=causal, attn_mask=padding)
+    error = float((out - expected).norm() / expected.norm())
+    assert error < 0.02, (dim, queries, keys, causal, error)
+for bad in ("q", "k"):
+    given = {"q": torch.randn(2, 70, 2, 64, generator=random), "k": torch.randn(2, 70, 2, 64, generator=random)}
+    given[bad][1, 11, 0, 3] = float("nan")
+    out = first.forward(given["q"], given["k"], given["k"].nan_to_num(), scale=0.125)
+    assert not out[1, :, 0].isfinite().any() and out[0].isfinite().all()
+if "library" in sys.argv:  # what the adapter mends
+    q = torch.randn(1, 70, 1, 64, generator=random)
+    k = torch.randn(1, 77, 1, 64, generator=random)
+    expected, _ = reference(q, k, k)
+    assert float((sageattn(q, k - k.mean(1, keepdim=True), k, "NHD", smooth_k=False) - expected).norm() / expected.norm()) > 0.2
+"""
+
+
+def installed():
+    try:
+        return find_spec("triton") is not None and version("sageattention").startswith("1.")
+    except PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not installed(), reason="needs sageattention 1 and triton: pip install sageattention==1.0.6 triton")
+def test_the_kernels_of_sageattention_1_are_right_through_the_adapter_and_wrong_without_it():
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", SCRIPT, "library"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,1 @@
+"""xformers' memory-efficient attention as backends of attn: its own choice, and one operator each."""

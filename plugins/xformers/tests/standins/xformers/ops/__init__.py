@@ -1,0 +1,3 @@
+from . import fmha
+
+__all__ = ["fmha"]

@@ -1,0 +1,116 @@
+"""Attention as the flash libraries define it, written plainly: bottom-right, packed or dense, with its backward by the lse."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+
+def visible(queries, keys, causal, left, right, device=None):
+    position = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    key = torch.arange(keys, device=device)[None, :]
+    if causal:
+        right = 0
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if left is not None and left >= 0:
+        seen &= key >= position - left
+    if right is not None and right >= 0:
+        seen &= key <= position + right
+    return seen
+
+
+def scores(query, key, scale, softcap):
+    groups = query.shape[1] // key.shape[1]
+    found = torch.einsum("ihd,jhd->hij", query.float(), key.float().repeat_interleave(groups, 1)) * scale
+    return found if not softcap else softcap * torch.tanh(found / softcap)
+
+
+def forward(query, key, value, seen, scale, softcap, kept=None):
+    """One sequence: (S, H, D) to result (Sq, H, Dv) and natural lse (H, Sq), -inf where a query sees nothing."""
+    found = scores(query, key, scale, softcap).masked_fill(~seen, -torch.inf)
+    lse = found.logsumexp(-1)
+    weights = (found - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    if kept is not None:
+        weights = weights * kept
+    groups = query.shape[1] // key.shape[1]
+    out = torch.einsum("hij,jhd->ihd", weights, value.float().repeat_interleave(groups, 1))
+    return out.to(query.dtype), lse
+
+
+def backward(grad_out, query, key, value, out, lse, seen, scale, softcap, kept=None):
+    """Gradients of one sequence, from a result and an lse that may be those of a longer one. -inf and +inf weigh nothing."""
+    groups, key_heads = query.shape[1] // key.shape[1], key.shape[1]
+    keys, values = (item.float().repeat_interleave(groups, 1) for item in (key, value))
+    found = scores(query, key, scale, softcap)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    weights = (found.masked_fill(~seen, -torch.inf) - lse[..., None]).exp()
+    grad = grad_out.float()
+    dropped = weights if kept is None else weights * kept
+    grad_values = torch.einsum("hij,ihd->jhd", dropped, grad)
+    grad_weights = torch.einsum("ihd,jhd->hij", grad, values)
+    if kept is not None:
+        grad_weights = grad_weights * kept
+    delta = (grad * out.float()).sum(-1).T
+    grad_scores = weights * (grad_weights - delta[..., None])
+    if softcap:
+        grad_scores = grad_scores * (1 - (found / softcap) ** 2)
+    grad_query = torch.einsum("hij,jhd->ihd", grad_scores, keys) * scale
+    grad_keys = torch.einsum("hij,ihd->jhd", grad_scores, query.float()) * scale
+    return (
+        grad_query.to(query.dtype),
+        grad_keys.unflatten(1, (key_heads, groups)).sum(2).to(key.dtype),
+        grad_values.unflatten(1, (key_heads, groups)).sum(2).to(value.dtype),
+    )
+
+
+def sequences(query, key, cu_seqlens_q, cu_seqlens_k):
+    """The slices of each sequence: of a dense call (B, S, H, D) its batch laid end to end."""
+    if cu_seqlens_q is None:
+        batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+        return [
+            (slice(item * queries, (item + 1) * queries), slice(item * keys, (item + 1) * keys))
+            for item in range(batch)
+        ]
+    starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    ends = list(starts)
+    return [(slice(first[0], last[0]), slice(first[1], last[1])) for first, last in pairwise(ends)]
+
+
+def flat(tensor):
+    return tensor.flatten(0, 1) if tensor.ndim == 4 else tensor
+
+
+def whole_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, left, right, scale, softcap, draw=None):
+    """A call of either kind: result shaped as query, and lse (B, H, S) or (H, N)."""
+    places = sequences(query, key, cu_seqlens_q, cu_seqlens_k)
+    queries, keys, values = flat(query), flat(key), flat(value)
+    out = queries.new_full((*queries.shape[:2], values.shape[2]), torch.nan)
+    lse = torch.full((queries.shape[1], queries.shape[0]), torch.nan, dtype=torch.float32)
+    for number, (rows, columns) in enumerate(places):
+        seen = visible(rows.stop - rows.start, columns.stop - columns.start, causal, left, right)
+        kept = None if draw is None else draw(number, (queries.shape[1], *seen.shape))
+        out[rows], lse[:, rows] = forward(queries[rows], keys[columns], values[columns], seen, scale, softcap, kept)
+    if cu_seqlens_q is None:
+        shape = query.shape[0], query.shape[1]
+        return out.unflatten(0, shape).contiguous(), lse.unflatten(1, shape).transpose(0, 1).contiguous()
+    return out, lse
+
+
+def whole_backward(
+    grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, causal, left, right, scale, softcap, draw=None
+):
+    """Gradients of a call of either kind. What no sequence holds stays unwritten, as by the kernels."""
+    places = sequences(query, key, cu_seqlens_q, cu_seqlens_k)
+    if cu_seqlens_q is None:
+        lse = lse.transpose(0, 1).flatten(1)
+    tensors = [flat(item) for item in (grad_out, query, key, value, out)]
+    grads = [torch.full(item.shape, torch.nan, dtype=item.dtype) for item in tensors[1:4]]
+    for number, (rows, columns) in enumerate(places):
+        seen = visible(rows.stop - rows.start, columns.stop - columns.start, causal, left, right)
+        kept = None if draw is None else draw(number, (tensors[1].shape[1], *seen.shape))
+        grads[0][rows], grads[1][columns], grads[2][columns] = backward(
+            tensors[0][rows], tensors[1][rows], tensors[2][columns], tensors[3][columns], tensors[4][rows],
+            lse[:, rows], seen, scale, softcap, kept,
+        )  # fmt: skip
+    return tuple(grad.view(item.shape) for grad, item in zip(grads, (query, key, value), strict=True))
