@@ -47,7 +47,7 @@ _grad_enabled = torch._C.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
-_remembered = _memory.get
+_remembered: Any = _memory.get
 
 
 @overload

@@ -254,7 +254,7 @@ def sharding(shape, order, total, lengths=None):
 def refused(case, changes=None, **wrong):
     """What ``attention`` raises on this rank; ``changes`` are of some ranks alone."""
     cp = context(case.shape, case.order)
-    q, k, v, _, mask = inputs(case)
+    q, k, v, *_ = inputs(case)
     q, k, v = (cp.shard(x).requires_grad_() for x in (q, k, v))
     options = {"backend": case.backend, **dict(case.options), **wrong, **(changes or {}).get(dist.get_rank(), {})}
     communication.sent.clear()

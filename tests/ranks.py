@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import importlib
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 SHAPES = [(2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2), (8, 1), (1, 8), (4, 2), (2, 4)]
 
 
-class JobFailed(AssertionError):
+class JobFailed(AssertionError):  # noqa: N818 - it reads as what happened
     """What a rank raised, as text."""
 
 
@@ -81,7 +81,7 @@ def _serve(pipe: object, rank: int, world: int, port: int, timeout: float) -> No
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=dt.timedelta(seconds=timeout))
     work = importlib.import_module("parallel_work")
     while True:
         try:

@@ -225,7 +225,7 @@ def test_a_refusal_on_one_rank_is_known_on_all(ranks):
 def test_a_whole_sequence_is_taken_for_no_part(ranks):
     for kind, message, _ in ranks.run("refused", Case(shape=(3, 1), queries=31), {}, on=3):
         assert kind is None, message
-    changes = dict.fromkeys(range(3), {"unsharded": True})
+    changes = {rank: {"unsharded": True} for rank in range(3)}
     for kind, message, sent in ranks.run("refused", Case(shape=(3, 1), queries=31), changes, on=3):
         assert kind == "CallRefused"
         assert "found 31 positions" in message

@@ -271,7 +271,7 @@ class _Call:
     def _attend(self, kind: Kind, query: Any, key: Any, value: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
         from attn_core.call import attention
 
-        found = attention(
+        found: Any = attention(
             query, key, value, attn_mask=mask, causal=kind.causal, scale=kind.scale, window_size=kind.window_size,
             softcap=kind.softcap, deterministic=kind.deterministic, return_lse=kind.return_lse,
             backend=agreed(kind.text).backend,

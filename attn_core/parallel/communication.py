@@ -81,7 +81,8 @@ def all_to_all(
     found = source.new_empty(sum(receiving))
     with blamed(cp, "exchanging heads"):
         dist.all_to_all_single(found, source, receiving, sending, group=group)
-    return found.to(tensor.device).split(receiving)
+    parts: tuple[torch.Tensor, ...] = found.to(tensor.device).split(receiving)
+    return parts
 
 
 def all_gather(group: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -89,7 +89,7 @@ class ContextParallel:
         self.grid = _grid(mesh, names, self.ring, self.ulysses)
         self.name = f"{order}:{self.grid}"
         known = contexts.get(self.name)
-        self.shared = Shared() if known is None or not known.alive else known.shared
+        self.shared: Shared = Shared() if known is None or not known.alive else known.shared
         contexts[self.name] = self
 
     def __repr__(self) -> str:
@@ -195,7 +195,7 @@ class ContextParallel:
         if side not in ("query", "key"):
             msg = f"given_whole: found {side!r}; accepted: 'query', 'key'"
             raise CallRefused(msg)
-        other = cast("ContextParallel", object.__new__(ContextParallel))
+        other = object.__new__(ContextParallel)
         other.__dict__.update(self.__dict__)
         other.whole = self.whole | {side}
         return other
@@ -203,7 +203,7 @@ class ContextParallel:
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def shard(self, tensor: torch.Tensor, dim: int = 1, *, lengths: Sequence[int] | None = None) -> torch.Tensor:
-        """This rank's part of a tensor that is whole on every rank.
+        """Take this rank's part of a tensor that is whole on every rank.
 
         The gradient that reaches the whole tensor is that of this part, with zeros elsewhere; over the ranks they sum up.
 
@@ -249,7 +249,7 @@ class ContextParallel:
         """The one layout known to have a part of this length here, or a refusal."""
         found = [item for item in self.shared.layouts if item.flat[self.index] == local and total in (None, item.total)]
         if total is not None and self.shared.latest in found:
-            return self.shared.latest  # type: ignore[return-value] # one of the found
+            return self.shared.latest
         if len(found) == 1:
             return found[0]
         known = ", ".join(f"{item.total} in parts of {list(item.flat)}" for item in self.shared.layouts) or "none"

@@ -24,7 +24,7 @@ _PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
 
-class RankFailed(AttnError):
+class RankFailed(AttnError):  # noqa: N818 - it reads as what happened
     """Another rank failed, or does not answer."""
 
 

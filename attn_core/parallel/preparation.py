@@ -106,8 +106,8 @@ def reasons_against(spec: BackendSpec, kind: Kind) -> list[str]:
     if isinstance(ability, No):
         return [f"context parallel: {kind.mode}: not supported: {ability}"]
     if kind.mode != "ulysses" and kind.gradient and spec.backward is None:
-        return [f"context parallel: {kind.mode}: backward: not supported: its declaration names no backward that takes the "
-                "result and the log-sum-exp of all keys"]  # fmt: skip
+        why = "its declaration names no backward that takes the result and the log-sum-exp of all keys"
+        return [f"context parallel: {kind.mode}: backward: not supported: {why}"]
     return list(dict.fromkeys(reason for facts in facts_of(kind) for reason in refusals(spec, facts)))
 
 

@@ -339,7 +339,7 @@ def _read(kind: str, mask: Sequence[torch.Tensor]) -> str:
     found = parsed(kind)
     if found.documents != READ_LATER:
         return kind
-    documents = tuple(tuple(offsets.diff().tolist()) for offsets in mask)
+    documents: Any = tuple(tuple(offsets.diff().tolist()) for offsets in mask)
     return replace(found, documents=documents).text
 
 

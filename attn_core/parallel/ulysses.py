@@ -36,7 +36,7 @@ def to_heads(tensors: Sequence[torch.Tensor], spread: Sequence[Spread], kind: st
 
 
 def to_positions(tensors: Sequence[torch.Tensor], spread: Sequence[Spread], kind: str) -> list[torch.Tensor]:
-    """This rank's positions of all heads."""
+    """Bring this rank's positions of all heads back."""
     found: list[torch.Tensor] = _to_positions(list(tensors), [n for one in spread for n in one.numbers()], kind)
     return found
 
