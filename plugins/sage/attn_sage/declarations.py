@@ -112,7 +112,6 @@ SAGE = BackendSpec(
     numerics=_FP8,
     compile=True,
     first_call_compiles=True,
-    unverified="no run of the kit is recorded yet",
 )
 
 
