@@ -257,6 +257,7 @@ def refused(case, changes=None, **wrong):
     q, k, v, *_ = inputs(case)
     q, k, v = (cp.shard(x).requires_grad_() for x in (q, k, v))
     options = {"backend": case.backend, **dict(case.options), **wrong, **(changes or {}).get(dist.get_rank(), {})}
+    cp.shared.kinds.clear()  # what a test before this one has made all agree on
     communication.sent.clear()
     if options.pop("no_gradient", False):
         q, k, v = (x.detach() for x in (q, k, v))
@@ -269,6 +270,20 @@ def refused(case, changes=None, **wrong):
     except Exception as error:  # noqa: BLE001 - it is what the test asks for
         return type(error).__name__, str(error), sum(communication.sent.values())
     return None, "", sum(communication.sent.values())
+
+
+def mixed_up(case):
+    """What a rank gets that makes one of two calls on which all have agreed, while the others make the other."""
+    cp = context(case.shape, case.order)
+    q, k, v, *_ = inputs(case)
+    q, k, v = (cp.shard(x) for x in (q, k, v))
+    for causal in (False, True):
+        attention(q, k, v, causal=causal, backend=case.backend, parallel=cp)
+    try:
+        attention(q, k, v, causal=dist.get_rank() == 1, backend=case.backend, parallel=cp)
+    except Exception as error:  # noqa: BLE001 - it is what the test asks for
+        return type(error).__name__, str(error)
+    return None, ""
 
 
 def steady(case):

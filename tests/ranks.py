@@ -81,6 +81,7 @@ def _serve(pipe: object, rank: int, world: int, port: int, timeout: float) -> No
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.distributed_c10d.default_pg_timeout = dt.timedelta(seconds=timeout)  # which a mesh's groups take
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=dt.timedelta(seconds=timeout))
     work = importlib.import_module("parallel_work")
     while True:

@@ -238,6 +238,16 @@ def test_ranks_speak_once_for_each_kind_of_call(ranks):
     assert ranks.run("steady", case, on=4) == [0] * 4
 
 
+def test_calls_that_all_have_agreed_on_are_not_mixed_up():
+    pool = Ranks(3, timeout=4)
+    try:
+        pool.run("make_meshes", [(3, 1)])
+        for kind, message in pool.run("mixed_up", Case(shape=(3, 1), queries=30)):
+            assert kind == "RankFailed", message
+    finally:
+        pool.close()
+
+
 def test_parts_nobody_was_told_of_are_computed_right(ranks):
     assert max(ranks.run("unannounced", (3, 1), (50, 61, 72), on=3)) <= EXACT
     assert max(ranks.run("unannounced", (3, 1), (50, 63, 72), on=3)) <= EXACT

@@ -32,6 +32,7 @@ class Transfer:
         sending: (tensor, ring place) to send to.
         receiving: (tensor, ring place) to receive from.
         purpose: for ``sent``.
+        tag: of the messages: gloo delivers none to who waits for another. NCCL has no tags.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Transfer:
         sending: list[tuple[torch.Tensor, int]],
         receiving: list[tuple[torch.Tensor, int]],
         purpose: str,
+        tag: int,
     ) -> None:
         self._cp = cp
         self._doing = f"exchanging {purpose} round the ring"
@@ -52,8 +54,8 @@ class Transfer:
             landing = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor, _ in receiving]
             self._arrivals = [(tensor, host) for (tensor, _), host in zip(receiving, landing, strict=True)]
             receiving = [(host, place) for host, (_, place) in zip(landing, receiving, strict=True)]
-        operations = [dist.P2POp(dist.isend, tensor, peers[place], group) for tensor, place in sending]
-        operations += [dist.P2POp(dist.irecv, tensor, peers[place], group) for tensor, place in receiving]
+        operations = [dist.P2POp(dist.isend, tensor, peers[place], group, tag) for tensor, place in sending]
+        operations += [dist.P2POp(dist.irecv, tensor, peers[place], group, tag) for tensor, place in receiving]
         sent[purpose] += sum(tensor.numel() * tensor.element_size() for tensor, _ in sending)
         self._kept = sending
         with blamed(cp, self._doing):

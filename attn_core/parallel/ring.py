@@ -39,6 +39,7 @@ class Ring:
     def __init__(self, prepared: Prepared, key: torch.Tensor, value: torch.Tensor) -> None:
         self.cp = prepared.kind.cp
         self.course = prepared.course
+        self.tag = prepared.tag
         self.places = self.cp.ring
         self.place = self.cp.place[0]
         self.rounds = max(self.course.last) + 1
@@ -108,6 +109,7 @@ class Ring:
                 [(self.message(current, self.source(step)), self.onward)] if goes else [],
                 [(self.message(following, self.source(step + 1)), self.source(1))] if comes else [],
                 "keys",
+                self.tag,
             )
             yield step, *self.opened(current, self.source(step))
             transfer.wait()
@@ -235,7 +237,7 @@ class Gradients:
             free = self._buffers[(step + 1) % 2] if step + 1 == ring.rounds else torch.empty_like(self._buffers[0])
             self._home = ring.message(free, ring.place)
             receiving.append((self._home, (ring.place + step) % ring.places))
-        self._transfer = Transfer(ring.cp, sending, receiving, "gradients")
+        self._transfer = Transfer(ring.cp, sending, receiving, "gradients", ring.tag)
 
     def own(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of this rank's keys and values, complete."""
