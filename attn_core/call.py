@@ -47,7 +47,7 @@ _grad_enabled = torch._C.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
-_remembered = _memory.get
+_remembered: Any = _memory.get
 
 
 @overload
@@ -162,6 +162,12 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             attn_mask=attn_mask, causal=causal, scale=scale, window_size=window_size, softcap=softcap,
             dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse, backend=backend, parallel=parallel,
         )  # fmt: skip
+    if parallel is not None:
+        options = {
+            "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
+            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+        }  # fmt: skip
+        return _first_call(None, query, key, value, options, backend)
     # The rest of this function is on the way of every call and is written for speed: facts into a key, one look-up.
     try:
         shape, dtype = query.shape, query.dtype
@@ -211,9 +217,10 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             if _autocast_enabled() or _transforms_active() or _forward_ad._current_level >= 0
             else None,
         )  # fmt: skip
-        found = _remembered(kind) if parallel is None else None
+        found = _remembered(kind)
     except (
         AttributeError,
+        CallRefused,
         RuntimeError,
         TypeError,
         ValueError,
@@ -222,7 +229,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
     if found is None:
         options = {
             "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
-            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": None,
         }  # fmt: skip
         return _first_call(kind, query, key, value, options, backend)
     run, usual_scale, brought = found
@@ -299,11 +306,32 @@ def _surroundings(query: Any, *others: Any) -> tuple[Any, ...]:
     return autocast_dtype(query.device.type), _transforms_active(), has_tangent(query, *others)
 
 
+def look_for_scopes(look: bool) -> None:
+    """Have calls look for a scope of ``use_parallel``, or not: where none is open, nothing is paid for them."""
+    global _remembered  # noqa: PLW0603 - what the call looks up by
+    _remembered = _remembered_outside_scopes if look else _memory.get
+
+
+def _remembered_outside_scopes(kind: Any) -> Any:
+    from attn_core.parallel.scope import in_force
+
+    return None if in_force() is not None else _memory.get(kind)
+
+
 # --- the first call of a kind -----------------------------------------------------------------------------------------
 
 
 def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
     """Read a call with care, admit it or refuse it, run it, check what came out, and remember the outcome."""
+    parallel = options["parallel"]
+    if parallel is None and _remembered is _remembered_outside_scopes:
+        from attn_core.parallel.scope import in_force
+
+        parallel = in_force()
+    if parallel is not None:
+        from attn_core.parallel.attending import parallel_attention
+
+        return parallel_attention(parallel, query, key, value, options, backend)
     admitted, call = resolve(query, key, value, options, backend)
     brought = {name: option for name, option in call.options.items() if name in _BROUGHT}
     fixed = {name: option for name, option in call.options.items() if name not in _BROUGHT and name != "scale"}
