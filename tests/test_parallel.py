@@ -42,11 +42,13 @@ SIGHTS = [
 MASKS = ["none", "key_padding", "packed", "bool", "float", "bool_rows", "bool_keys"]
 LENGTHS = [(16, None), (17, None), (19, 23), (23, 17), (5, 3), (2, 9), (40, 1)]
 HEADS = [(4, 2), (4, 4), (6, 1), (6, 3), (3, 3), (2, 2), (10, 5)]
-BACKENDS = ["native_math", "chunked", "native_flash"]
+BACKENDS = ["native_math", "chunked", "native_flash", "native"]
 
 
 def refusable(case):
     options = dict(case.options)
+    if case.backend == "native":
+        return "softcap" in options
     return case.backend == "native_flash" and (
         "window_size" in options or "softcap" in options or case.mask == "packed"
     )
