@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -270,7 +270,42 @@ def traffic(case):
     out = attention(q, k, v, backend=case.backend, parallel=cp, **dict(case.options))
     forward = dict(communication.sent)
     out.backward(g)
-    return forward, dict(communication.sent)
+    return _sent(forward), _sent(communication.sent)
+
+
+def traffic_and_formula(case):
+    """What ``traffic`` counts of a case with its mask, and what the formula says of it."""
+    from attn_core import explain
+    from attn_core.parallel.explaining import kind_of_parts
+    from attn_core.parallel.traffic import bytes_sent
+
+    cp = context(case.shape, case.order)
+    q, k, v, g, mask = inputs(case)
+    g = cp.shard(g)
+    q, k, v = (cp.shard(x).requires_grad_() for x in (q, k, v))
+    columns = cp.layout(case.queries if case.keys is None else case.keys)
+    rows = cp.layout(case.queries)  # the latest, which is what a rank takes its queries for
+    if isinstance(mask, torch.Tensor) and mask.shape[2] > 1:
+        mask = gathering.taken(mask, 2, rows.segments(*cp.place))
+    options = {"attn_mask": mask, **dict(case.options)}
+    communication.sent.clear()
+    out = attention(q, k, v, backend=case.backend, parallel=cp, **options)
+    forward = _sent(communication.sent)
+    out.backward(g)
+    both = _sent(communication.sent)
+    explained = explain(q, k, v, backend=case.backend, parallel=cp, **options)
+    assert explained.chosen == case.backend, explained
+    defaults = {"causal": False, "scale": None, "window_size": None, "softcap": None, "dropout_p": 0.0}
+    switches = {"deterministic": False, "return_lse": False}
+    kind = kind_of_parts(cp, q, k, v, {**defaults, **switches, **options})[1]
+    # without a word of the others, a rank can't tell two sequences that have a part as long as this
+    kind = replace(kind, query=rows.flat, key=columns.flat, keys=columns.total)
+    said = bytes_sent(kind, *cp.place)
+    return (forward, both), (_sent(said), _sent(said + bytes_sent(kind, *cp.place, backward=True)))
+
+
+def _sent(said):
+    return {purpose: count for purpose, count in said.items() if count}
 
 
 def sharding(shape, order, total, lengths=None):

@@ -274,6 +274,15 @@ def test_ulysses_sends_each_head_once(ranks):
         assert both == {"heads": 2 * (to_heads + back)}
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in drawn(160, seed=3) if case.mask != "none" or case.options][::4], ids=str
+)
+def test_sends_as_many_bytes_as_the_formula_says(ranks, case):
+    for (forward, both), (said_forward, said_both) in ranks.run("traffic_and_formula", case, on=world(case)):
+        assert forward == said_forward
+        assert both == said_both
+
+
 def test_a_window_ends_the_course_of_chunks_early(ranks):
     case = Case(
         shape=(4, 1), order="contiguous", queries=32, heads=(2, 2), dtype="float32", batch=1,

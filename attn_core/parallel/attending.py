@@ -48,7 +48,12 @@ def parallel_attention(parallel: Any, query: Any, key: Any, value: Any, options:
     with told(parallel):
         reading.check_tensors(query, key, value)
         checked = reading.checked_options({**options, "parallel": None})
-        _refuse_what_no_ring_has(checked, query, key, value, options["attn_mask"])
+        mask = options["attn_mask"]
+        refuse_what_no_ring_has(
+            dropout=checked["dropout_p"] > 0,
+            mask_gradient=isinstance(mask, torch.Tensor) and reading.needs_graph(mask),
+            transformed=torch._C._are_functorch_transforms_active() or reading.has_tangent(query, key, value, mask),
+        )
         choice, chosen_by = _choice(backend)
         attn_mask = options["attn_mask"]
         autocast = reading.autocast_dtype(query.device.type)
@@ -60,21 +65,22 @@ def parallel_attention(parallel: Any, query: Any, key: Any, value: Any, options:
         return call.run()
 
 
-def _refuse_what_no_ring_has(checked: dict[str, Any], query: Any, key: Any, value: Any, attn_mask: Any) -> None:
+def refuse_what_no_ring_has(*, dropout: bool, mask_gradient: bool, transformed: bool) -> None:
+    """Refuse what has no meaning across ranks, or none that the pieces of a kernel could give."""
     step = "Compute this call on one device, or leave it out"
-    if checked["dropout_p"] > 0:
+    if dropout:
         msg = (
             "dropout_p: not supported in context parallel: ranks of one seed would drop alike what one device drops "
             f"independently, and a backward from the lse of all keys can't repeat a kernel's draw. {step}"
         )
         raise CallRefused(msg)
-    if isinstance(attn_mask, torch.Tensor) and reading.needs_graph(attn_mask):
+    if mask_gradient:
         msg = (
             "attn_mask: a mask that requires a gradient is not supported in context parallel: kernels return the gradients of "
             f"query, key and value alone from the lse of all keys. {step}, or detach the mask"
         )
         raise CallRefused(msg)
-    if torch._C._are_functorch_transforms_active() or reading.has_tangent(query, key, value, attn_mask):
+    if transformed:
         msg = f"parallel: transforms of torch.func and forward mode are not supported in context parallel. {step}"
         raise CallRefused(msg)
 
@@ -174,6 +180,9 @@ class _Call:
         return Kind(
             context=self.cp.name,
             mode=self.cp.mode,
+            ring=self.cp.ring,
+            ulysses=self.cp.ulysses,
+            order=self.cp.order,
             query=query_layout.flat,
             key=() if key_layout is None else key_layout.flat,
             keys=keys,

@@ -25,6 +25,9 @@ class Kind:
     Attributes:
         context: the name of its ``ContextParallel``.
         mode: ring, ulysses or hybrid.
+        ring: how many places the ring has.
+        ulysses: how many places share the heads.
+        order: of the sequence in the ring.
         query: the length of the queries on each rank, in the order of the grid.
         key: the same of the keys; empty where keys are whole.
         keys: the length of the whole keys.
@@ -38,6 +41,9 @@ class Kind:
 
     context: str
     mode: str
+    ring: int
+    ulysses: int
+    order: str
     query: tuple[int, ...]
     key: tuple[int, ...]
     keys: int
@@ -75,12 +81,12 @@ class Kind:
     @property
     def query_layout(self) -> Layout:
         """How the queries lie."""
-        return _layout(self.cp, self.query)
+        return self._layout(self.query)
 
     @property
     def key_layout(self) -> Layout | None:
         """How the keys lie; None where they are whole."""
-        return _layout(self.cp, self.key) if self.key else None
+        return self._layout(self.key) if self.key else None
 
     @property
     def sight(self) -> Sight:
@@ -88,6 +94,10 @@ class Kind:
         whole = Document(Segment(0, sum(self.query)), Segment(0, self.keys))
         documents = (whole,) if self.documents is None else _documents(self.documents)
         return Sight(self.causal, self.window_size, documents)
+
+    def _layout(self, lengths: tuple[int, ...]) -> Layout:
+        rows = tuple(lengths[start : start + self.ulysses] for start in range(0, len(lengths), self.ulysses))
+        return Layout(rows, self.order)
 
     def described(self) -> dict[str, Any]:
         """As plain data."""
@@ -108,11 +118,6 @@ def parsed(text: str) -> Kind:
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def _layout(cp: ContextParallel, lengths: tuple[int, ...]) -> Layout:
-    rows = tuple(lengths[start : start + cp.ulysses] for start in range(0, cp.size, cp.ulysses))
-    return Layout(rows, cp.order)
 
 
 def _documents(lengths: Any) -> tuple[Document, ...]:
