@@ -23,7 +23,7 @@ from attn_core.parallel import (
     sight,
     use_parallel,
 )
-from attn_core.testing import reference
+from attn_core.testing import assert_close, reference
 
 _meshes: dict[tuple[int, int], DeviceMesh] = {}
 
@@ -48,6 +48,7 @@ class Case:
     whole: str | None = None
     scope: bool = False
     strided: bool = False
+    device: str = "cpu"
     seed: int = field(default=0)
 
 
@@ -99,7 +100,15 @@ def inputs(case):
             mask = mask[:, :1, :, :1]
         if case.mask == "bool_keys":
             mask = mask[:1, :1, :1]
-    return q, k, v, g, mask
+    if case.device == "cpu":
+        return q, k, v, g, mask
+    if isinstance(mask, KeyPadding):
+        mask = KeyPadding(mask.keep.to(case.device))
+    elif isinstance(mask, Packed):
+        mask = Packed(*(offsets.to(case.device) for offsets in mask.tensors))
+    elif mask is not None:
+        mask = mask.to(case.device)
+    return *(tensor.to(case.device) for tensor in (q, k, v, g)), mask
 
 
 def computed(case):
@@ -172,6 +181,35 @@ def errors(case):
         difference = (got - wanted)[finite].abs()
         differences[name] = (difference.max().item() if difference.numel() else 0.0) if same else float("inf")
     return differences
+
+
+def agrees(case):
+    """Whether the ranks together are as near to the reference as a kernel has to be; raises where they are not."""
+    found, wanted = computed(case), expected(case)
+    for name, tensor in wanted.items():
+        assert_close(found[name], tensor, getattr(torch, case.dtype), name)
+    return True
+
+
+def streams(case):
+    """The result where the inputs are made, and the result is read, on a stream that is not the default one."""
+    cp = context(case.shape, case.order)
+    whole = inputs(case)[:4]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # whoever does not wait for this stream reads what is not there yet
+        q, k, v, g = (cp.shard(tensor).clone() for tensor in whole)
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        out = attention(*leaves, backend=case.backend, parallel=cp, **dict(case.options))
+        grads = torch.autograd.grad(out, leaves, g)
+        kept = [tensor.clone() for tensor in (out, *grads)]
+    stream.synchronize()
+    layout = cp.layout(case.queries)
+    wanted = expected(case)
+    for name, tensor in zip(("out", "dq", "dk", "dv"), kept, strict=True):
+        assert_close(gathering.gathered(cp, tensor.detach(), 1, layout), wanted[name], getattr(torch, case.dtype), name)
+    return True
 
 
 # --- defects ------------------------------------------------------------------------------------------------------------

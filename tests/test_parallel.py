@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+import torch
 from parallel_work import Case
 from ranks import SHAPES, Ranks
 
@@ -333,3 +334,54 @@ def test_a_rank_that_fails_ends_the_others(shape, how, said):
     finally:
         pool.close()
     assert not any(process.is_alive() for process in pool.processes)
+
+
+# --- on one GPU, shared by several processes ----------------------------------------------------------------------------
+
+GPU_SHAPES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]
+KERNELS = ["native_flash", "native_cudnn", "native_efficient", "native_math"]
+HIDING = [
+    ("native_flash", {"options": (("causal", True), ("window_size", (70, 0))), "order": "contiguous"}),
+    ("native_flash", {"options": (("causal", True),), "mask": "packed"}),
+    ("native_efficient", {"options": (("causal", True),), "mask": "key_padding"}),
+    ("native_efficient", {"mask": "bool"}),
+    ("native_math", {"options": (("causal", True), ("window_size", (70, 0)), ("softcap", 20.0))}),
+    ("native_math", {"options": (("causal", True),), "mask": "packed"}),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu_ranks():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    pool = Ranks(4, timeout=60)
+    pool.run("make_meshes", GPU_SHAPES)
+    yield pool
+    pool.close()
+
+
+def on_gpu(shape, backend, **fields):
+    return Case(shape=shape, backend=backend, device="cuda", dtype="bfloat16", dims=(64, 64), heads=(8, 2), **fields)
+
+
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_cuda_kernels_are_right_among_ranks(gpu_ranks, shape, backend):
+    for order, causal, queries in itertools.product(("zigzag", "contiguous"), (False, True), (256, 301)):
+        case = on_gpu(shape, backend, order=order, queries=queries, options=(("causal", causal),))
+        assert all(gpu_ranks.run("agrees", case, on=world(case)))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)], ids=str)
+@pytest.mark.parametrize(("backend", "fields"), HIDING, ids=str)
+def test_cuda_kernels_have_their_part_of_what_hides_keys(gpu_ranks, shape, backend, fields):
+    case = on_gpu(shape, backend, queries=301, **fields)
+    assert all(gpu_ranks.run("agrees", case, on=world(case)))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (4, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_ranks_wait_for_the_current_stream(gpu_ranks, shape, backend):
+    case = on_gpu(shape, backend, queries=320, options=(("causal", True),))
+    for _ in range(3):
+        assert all(gpu_ranks.run("streams", case, on=world(case)))
