@@ -2,20 +2,24 @@
 
 Its public functions are called in eager code. They can't be traced, so in traced code two operators made here stand for
 them. An unlimited side of a window is None there, -1 being a number. lse is natural, and -inf where a query sees nothing.
+
+Its tiles of keys read on beyond a packed sequence, and what they read there is weighed with 0, which leaves NaN what it is. So
+key padding is not packed: the kept keys of a sequence go to its front, and ``seqused_k`` says how many they are.
 """
 
 from __future__ import annotations
 
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 from flash_attn.cute.interface import _flash_attn_bwd
 from torch.nn.functional import pad
 
-from attn_core.masks import traced
+from attn_core.masks import KeyPadding, traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
+from attn_core.packing import Front, front, keeps_diagonals
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -36,7 +40,11 @@ def forward(
 ) -> Any:
     """Attention by flash-attn 4; see ``attn_core.attention`` for the meaning of the arguments."""
     options = options_of(scale, causal, window_size, softcap)
-    return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
+    moved = _moved(attn_mask, options)
+    if moved is None:
+        return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
+    keys, values = moved.keys(key), moved.keys(value)
+    return attend(_Kernel(moved.lengths), query, keys, values, None, options, return_lse=return_lse)
 
 
 def backward(
@@ -56,10 +64,27 @@ def backward(
 ) -> Tensors:
     """Gradients of query, key and value; ``out`` and ``lse`` may be those of a longer key sequence."""
     options = options_of(scale, causal, window_size, softcap, deterministic=deterministic)
-    return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
+    moved = _moved(attn_mask, options)
+    if moved is None:
+        return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
+    keys, values = moved.keys(key), moved.keys(value)
+    kernel = _Kernel(moved.lengths)
+    dq, dk, dv = differentiate(kernel, grad_out, query, keys, values, out, lse, None, options)
+    return dq, moved.unpack_keys(dk), moved.unpack_keys(dv)
 
 
-class _Kernel:
+def _moved(attn_mask: Mask, options: Options) -> Front | None:
+    """How keys go to the front, where they do: not where a diagonal would move."""
+    if type(attn_mask) is not KeyPadding or (options.diagonal and not keeps_diagonals(attn_mask)):
+        return None
+    return front(attn_mask)
+
+
+class _Kernel(NamedTuple):
+    """The library; ``lengths``, of a dense call, says how many keys of each sequence are real, the first ones."""
+
+    lengths: torch.Tensor | None = None
+
     def widths(self, head_dim: int, value_head_dim: int, device: torch.device) -> tuple[int, int]:
         """One width, which the backward with grouped queries wants; on Blackwell there is none between 128 and 256."""
         width = max(head_dim, value_head_dim)
@@ -79,7 +104,7 @@ class _Kernel:
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Result and lse."""
-        given = (*(starts or _DENSE), options.scale, options.causal, options.left, options.right, options.softcap)
+        given = (*self._places(starts), options.scale, options.causal, options.left, options.right, options.softcap)
         if not traced(query):
             return _run(query, key, value, *given, return_lse=return_lse)
         out, lse = _FORWARD(query, key, value, *given)
@@ -103,10 +128,13 @@ class _Kernel:
         """
         width = query.shape[-1]
         grad_out, query, key, value, out = (_widened(item) for item in (grad_out, query, key, value, out))
-        given = (*(starts or _DENSE), options.scale, options.causal, options.left, options.right, options.softcap)
+        given = (*self._places(starts), options.scale, options.causal, options.left, options.right, options.softcap)
         run: Any = _BACKWARD if traced(query) else _run_backward
         dq, dk, dv = run(grad_out, query, key, value, out, lse, *given, options.deterministic)
         return dq[..., :width], dk[..., :width], dv[..., :width]
+
+    def _places(self, starts: Starts | None) -> tuple[Any, ...]:
+        return (None, *starts) if starts is not None else (self.lengths, None, None, None, None)
 
 
 def _check_library() -> None:
@@ -121,7 +149,6 @@ def _check_library() -> None:
 
 _check_library()
 KERNEL = _Kernel()
-_DENSE = (None, None, None, None)
 
 
 def _major(device: torch.device) -> int:
@@ -141,6 +168,7 @@ def _run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    seqused_k: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
@@ -156,13 +184,13 @@ def _run(
     options: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
     if left >= 0 or (right >= 0 and not causal):
         options["window_size"] = (_side(left), _side(right))
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is None and seqused_k is None:
         out, lse = flash_attn_func(query, key, value, **options)
     else:
         out, lse = flash_attn_varlen_func(
             query, key, value,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-            **options,
+            seqused_k=seqused_k, **options,
         )  # fmt: skip
     return out, lse
 
@@ -174,6 +202,7 @@ def _run_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    seqused_k: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | None,
@@ -190,7 +219,7 @@ def _run_backward(
         softmax_scale=scale, causal=causal, softcap=softcap,
         window_size_left=_side(left), window_size_right=None if causal else _side(right),
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
+        seqused_k=seqused_k, deterministic=deterministic,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -198,7 +227,7 @@ def _run_backward(
 # --- operators for traced code ------------------------------------------------------------------------------------------
 
 _GIVEN = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "Tensor? seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "float scale, bool causal, SymInt left, SymInt right, float softcap"
 )
 

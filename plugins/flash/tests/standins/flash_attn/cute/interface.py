@@ -1,4 +1,7 @@
-"""The functions of ``flash_attn.cute.interface`` that the adapter uses. An unlimited side is None; -1 is the key before."""
+"""The functions of ``flash_attn.cute.interface`` that the adapter uses. An unlimited side is None; -1 is the key before.
+
+Keys, and in the backward queries too, are read in whole tiles, beyond the end of a packed sequence.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import plain_attention
 import torch
 
 CALLS = []
+TILE = 128
 
 
 def _check(tensors, window_size):
@@ -20,16 +24,27 @@ def _check(tensors, window_size):
     assert all(side is None or side >= 0 for side in window_size), "a single -1 is a number here"
 
 
-def _forward(q, k, v, starts, longest, softmax_scale, causal, window_size, softcap, return_lse):
+def _check_used(used, starts, k):
+    if used is not None:
+        assert starts == (None, None), "lengths beside starts are not stood in for"
+        assert used.dtype == torch.int32
+        assert used.shape == k.shape[:1]
+        assert k.shape[1] >= max(int(used.max()), 1)
+
+
+def _forward(q, k, v, starts, longest, softmax_scale, causal, window_size, softcap, return_lse, used=None):
     _check((q, k, v), window_size)
+    _check_used(used, starts, k)
     if starts[0] is not None:
         assert q.ndim == 3
         assert all(item.dtype == torch.int32 and item.stride(0) == 1 for item in starts)
         for bound, item in zip(longest, starts, strict=True):
             assert bound >= int(item.diff().max())
-    CALLS.append((starts[0] is not None, tuple(q.shape), tuple(k.shape)))
+    CALLS.append(("packed" if starts[0] is not None else "dense", tuple(q.shape), tuple(k.shape)))
     with torch.no_grad():
-        out, lse = plain_attention.whole_forward(q, k, v, *starts, causal, *window_size, softmax_scale, softcap)
+        out, lse = plain_attention.whole_forward(
+            q, k, v, *starts, causal, *window_size, softmax_scale, softcap, used=used, tile=TILE
+        )
     requires_grad = any(item.requires_grad for item in (q, k, v))
     return out, lse if return_lse or requires_grad else None
 
@@ -98,7 +113,7 @@ def flash_attn_varlen_func(
     gather_bwd_token_chunk=None,
 ):
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    return _forward(q, k, v, starts, longest, softmax_scale, causal, window_size, softcap, return_lse)
+    return _forward(q, k, v, starts, longest, softmax_scale, causal, window_size, softcap, return_lse, seqused_k)
 
 
 def _flash_attn_bwd(
@@ -153,6 +168,8 @@ def _flash_attn_bwd(
     assert lse.is_contiguous()
     assert lse.shape == (*q.shape[:-3], q.shape[-2], q.shape[-3])
     starts = (cu_seqlens_q, cu_seqlens_k)
+    _check_used(seqused_k, starts, k)
     return plain_attention.whole_backward(
-        dout, q, k, v, out, lse, *starts, causal, window_size_left, window_size_right, softmax_scale, softcap
-    )
+        dout, q, k, v, out, lse, *starts, causal, window_size_left, window_size_right, softmax_scale, softcap,
+        used=seqused_k, tile=TILE,
+    )  # fmt: skip
