@@ -40,7 +40,7 @@ def forward(
 ) -> Any:
     """Attention by flash-attn 4; see ``attn_core.attention`` for the meaning of the arguments."""
     options = options_of(scale, causal, window_size, softcap)
-    moved = _moved(attn_mask, options)
+    moved = None if attn_mask is None else _moved(attn_mask, options)
     if moved is None:
         return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
     keys, values = moved.keys(key), moved.keys(value)
@@ -104,10 +104,9 @@ class _Kernel(NamedTuple):
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Result and lse."""
-        given = (*self._places(starts), options.scale, options.causal, options.left, options.right, options.softcap)
         if not traced(query):
-            return _run(query, key, value, *given, return_lse=return_lse)
-        out, lse = _FORWARD(query, key, value, *given)
+            return _run(query, key, value, self.lengths, starts, options, return_lse=return_lse)
+        out, lse = _FORWARD(query, key, value, *_flat(self.lengths, starts, options))
         return out, lse
 
     def backward(
@@ -128,13 +127,12 @@ class _Kernel(NamedTuple):
         """
         width = query.shape[-1]
         grad_out, query, key, value, out = (_widened(item) for item in (grad_out, query, key, value, out))
-        given = (*self._places(starts), options.scale, options.causal, options.left, options.right, options.softcap)
-        run: Any = _BACKWARD if traced(query) else _run_backward
-        dq, dk, dv = run(grad_out, query, key, value, out, lse, *given, options.deterministic)
+        tensors = (grad_out, query, key, value, out, lse)
+        if traced(query):
+            dq, dk, dv = _BACKWARD(*tensors, *_flat(self.lengths, starts, options), options.deterministic)
+        else:
+            dq, dk, dv = _run_backward(*tensors, self.lengths, starts, options)
         return dq[..., :width], dk[..., :width], dv[..., :width]
-
-    def _places(self, starts: Starts | None) -> tuple[Any, ...]:
-        return (None, *starts) if starts is not None else (self.lengths, None, None, None, None)
 
 
 def _check_library() -> None:
@@ -168,30 +166,22 @@ def _run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    seqused_k: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
+    lengths: torch.Tensor | None,
+    starts: Starts | None,
+    options: Options,
     *,
     return_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
+    scale, causal, left, right, softcap = options[:5]
+    given: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
     if left >= 0 or (right >= 0 and not causal):
-        options["window_size"] = (_side(left), _side(right))
-    if cu_seqlens_q is None and seqused_k is None:
-        out, lse = flash_attn_func(query, key, value, **options)
+        given["window_size"] = (_side(left), _side(right))
+    if starts is not None:
+        out, lse = flash_attn_varlen_func(query, key, value, **starts._asdict(), **given)
+    elif lengths is not None:
+        out, lse = flash_attn_varlen_func(query, key, value, seqused_k=lengths, **given)
     else:
-        out, lse = flash_attn_varlen_func(
-            query, key, value,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-            seqused_k=seqused_k, **options,
-        )  # fmt: skip
+        out, lse = flash_attn_func(query, key, value, **given)
     return out, lse
 
 
@@ -202,24 +192,15 @@ def _run_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    seqused_k: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
-    deterministic: bool,
+    lengths: torch.Tensor | None,
+    starts: Starts | None,
+    options: Options,
 ) -> Tensors:
+    places: dict[str, Any] = {"seqused_k": lengths} if starts is None else starts._asdict()
     dq, dk, dv = _flash_attn_bwd(
         query, key, value, out, grad_out, lse,
-        softmax_scale=scale, causal=causal, softcap=softcap,
-        window_size_left=_side(left), window_size_right=None if causal else _side(right),
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k, deterministic=deterministic,
+        softmax_scale=options.scale, causal=options.causal, softcap=options.softcap, deterministic=options.deterministic,
+        window_size_left=_side(options.left), window_size_right=None if options.causal else _side(options.right), **places,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -232,14 +213,24 @@ _GIVEN = (
 )
 
 
+def _flat(lengths: torch.Tensor | None, starts: Starts | None, options: Options) -> tuple[Any, ...]:
+    """What an operator is given of them, in the order of its schema."""
+    return (lengths, *(starts or (None,) * 4), *options[:5])
+
+
+def _unflat(given: tuple[Any, ...], **others: Any) -> tuple[torch.Tensor | None, Starts | None, Options]:
+    starts = None if given[1] is None else Starts(*given[1:5])
+    return given[0], starts, Options(*given[5:10], **others)
+
+
 @torch.library.custom_op(
     "attn_flash::flash_4_forward",
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_GIVEN}) -> (Tensor, Tensor)",
 )
-def _FORWARD(*given: Any) -> Any:  # noqa: N802 - an operator
+def _FORWARD(query: Any, key: Any, value: Any, *given: Any) -> Any:  # noqa: N802 - an operator
     with torch.no_grad():
-        return _run(*given)
+        return _run(query, key, value, *_unflat(given))
 
 
 @_FORWARD.register_fake
@@ -254,8 +245,10 @@ def _(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *__: Any) -> tu
     schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_GIVEN}, "
     "bool deterministic) -> (Tensor, Tensor, Tensor)",
 )
-def _BACKWARD(*given: Any) -> Any:  # noqa: N802 - an operator
-    return _run_backward(*given)
+def _BACKWARD(  # noqa: N802 - an operator
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, *given: Any
+) -> Any:
+    return _run_backward(grad_out, query, key, value, out, lse, *_unflat(given, deterministic=given[-1]))
 
 
 @_BACKWARD.register_fake
