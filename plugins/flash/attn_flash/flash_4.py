@@ -1,7 +1,8 @@
 """Adapter of flash-attn 4 (``flash_attn.cute``), written against 4.0.0b36.
 
-Its public functions are called in eager code. They can't be traced, so in traced code two operators made here stand for
-them. An unlimited side of a window is None there, -1 being a number. lse is natural, and -inf where a query sees nothing.
+What its public functions call is called: they would make a graph of their own, which costs as much as this adapter. It can't be
+traced, so in traced code two operators made here stand for it. An unlimited side of a window is None there, -1 being a number.
+lse is natural, and -inf where a query sees nothing.
 
 Its tiles of keys read on beyond a packed sequence, and what they read there is weighed with 0, which leaves NaN what it is. So
 key padding is not packed: the kept keys of a sequence go to its front, and ``seqused_k`` says how many they are.
@@ -13,8 +14,8 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
-from flash_attn.cute.interface import _flash_attn_bwd
+from flash_attn.cute import flash_attn_func
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch.nn.functional import pad
 
 from attn_core.masks import KeyPadding, traced
@@ -174,14 +175,15 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     scale, causal, left, right, softcap = options[:5]
     given: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
-    if left >= 0 or (right >= 0 and not causal):
-        given["window_size"] = (_side(left), _side(right))
+    if left >= 0:
+        given["window_size_left"] = left
+    if right >= 0 and not causal:
+        given["window_size_right"] = right
     if starts is not None:
-        out, lse = flash_attn_varlen_func(query, key, value, **starts._asdict(), **given)
+        given |= starts._asdict()
     elif lengths is not None:
-        out, lse = flash_attn_varlen_func(query, key, value, seqused_k=lengths, **given)
-    else:
-        out, lse = flash_attn_func(query, key, value, **given)
+        given["seqused_k"] = lengths
+    out, lse, *_ = _flash_attn_fwd(query, key, value, **given)
     return out, lse
 
 

@@ -101,7 +101,7 @@ def test_the_early_flash_4_that_flash_2_carries_is_told_apart(site):
     files = {
         "flash_attn/__init__.py": "",
         "flash_attn/cute/__init__.py": early,
-        "flash_attn/cute/interface.py": "def _flash_attn_bwd(): ...\n",
+        "flash_attn/cute/interface.py": "def _flash_attn_bwd(): ...\n_flash_attn_fwd = _flash_attn_bwd\n",
     }
     assert "flash_attn.cute is not that of flash-attn-4 but the early one" in loaded(site, "attn_flash.flash_4", files)
 
