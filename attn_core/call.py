@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from attn_core.admission import Admitted
     from attn_core.facts import Facts
+    from attn_core.parallel.context import ContextParallel
     from attn_core.reading import Call
     from attn_core.selection import Choice
 
@@ -65,7 +66,7 @@ def attention(
     deterministic: bool = ...,
     return_lse: Literal[False] = ...,
     backend: str | Sequence[str] | None = ...,
-    parallel: None = ...,
+    parallel: ContextParallel | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -84,7 +85,7 @@ def attention(
     deterministic: bool = ...,
     return_lse: Literal[True],
     backend: str | Sequence[str] | None = ...,
-    parallel: None = ...,
+    parallel: ContextParallel | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -103,7 +104,7 @@ def attention(
     deterministic: bool = ...,
     return_lse: bool,
     backend: str | Sequence[str] | None = ...,
-    parallel: None = ...,
+    parallel: ContextParallel | None = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -121,7 +122,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str | Sequence[str] | None = None,
-    parallel: None = None,
+    parallel: ContextParallel | None = None,
 ) -> Any:
     """Attention: ``softmax(scale * query @ key^T + mask) @ value``, on the kernel in force, or a refusal that says why.
 
@@ -139,7 +140,8 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         deterministic: the same bits twice, forward and backward, or a refusal.
         return_lse: also return the log-sum-exp.
         backend: a name, or several in order of preference, for this call alone.
-        parallel: reserved for context parallel; None.
+        parallel: the ranks over which the sequence lies, a ``ContextParallel`` of ``attn_core.parallel``; the tensors are
+            then this rank's parts, masks those of the whole. None follows the scope of ``use_parallel``.
 
     Returns:
         (B, Sq, Hq, Dv) in query's dtype (autocast's, under autocast). With return_lse also the natural log-sum-exp of the

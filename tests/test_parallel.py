@@ -12,14 +12,6 @@ from ranks import SHAPES, Ranks
 EXACT = 1e-10
 
 
-@pytest.fixture(scope="session")
-def ranks():
-    pool = Ranks()
-    pool.run("make_meshes", SHAPES)
-    yield pool
-    pool.close()
-
-
 def world(case):
     return case.shape[0] * case.shape[1]
 
