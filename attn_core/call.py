@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from attn_core.admission import Admitted
     from attn_core.facts import Facts
-    from attn_core.parallel import ContextParallel
+    from attn_core.parallel.context import ContextParallel
     from attn_core.reading import Call
     from attn_core.selection import Choice
 
@@ -137,8 +137,8 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         deterministic: the same bits twice, forward and backward, or a refusal.
         return_lse: also return the log-sum-exp.
         backend: a name, or several in order of preference, for this call alone.
-        parallel: a ``attn_core.parallel.ContextParallel``: query, key and value are this rank's parts of sequences over
-            its ranks, and every rank makes the call; None where they are whole.
+        parallel: the ranks over which the sequence lies, a ``ContextParallel`` of ``attn_core.parallel``; the tensors are
+            then this rank's parts, masks those of the whole. None follows the scope of ``use_parallel``.
 
     Returns:
         (B, Sq, Hq, Dv) in query's dtype (autocast's, under autocast). With return_lse also the natural log-sum-exp of the

@@ -13,14 +13,6 @@ from ranks import SHAPES, Ranks
 EXACT = 1e-10
 
 
-@pytest.fixture(scope="session")
-def ranks():
-    pool = Ranks()
-    pool.run("make_meshes", SHAPES)
-    yield pool
-    pool.close()
-
-
 def world(case):
     return case.shape[0] * case.shape[1]
 
@@ -242,7 +234,7 @@ def test_ranks_speak_once_for_each_kind_of_call(ranks):
 
 
 def test_calls_that_all_have_agreed_on_are_not_mixed_up():
-    pool = Ranks(3, timeout=4)
+    pool = Ranks(3, timeout=10)
     try:
         pool.run("make_meshes", [(3, 1)])
         for kind, message in pool.run("mixed_up", Case(shape=(3, 1), queries=30)):
@@ -322,7 +314,7 @@ def test_repeats_its_bits_and_gives_memory_of_its_own(ranks, shape):
 )
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
 def test_a_rank_that_fails_ends_the_others(shape, how, said):
-    pool = Ranks(3, timeout=5)
+    pool = Ranks(3, timeout=10)
     try:
         pool.run("make_meshes", [shape])
         answers = pool.answers("failing", Case(shape=shape, queries=30), 1, how)

@@ -59,6 +59,16 @@ def _agree(cp: ContextParallel, kind: Kind) -> Prepared:
     return prepared  # type: ignore[return-value]
 
 
+def refuse_whole(cp: ContextParallel, side: str, length: int) -> None:
+    """Refuse what is rather a sequence that was sharded than a part of one."""
+    if cp.looks_whole(length):
+        msg = (
+            f"{side}: found {length} positions, as many as a whole sequence that was sharded; accepted: this rank's "
+            f"part, as cp.shard gives it, or parallel=cp.given_whole({side!r})"
+        )
+        raise CallRefused(msg)
+
+
 def agree_on_lengths(cp: ContextParallel, query: int, key: int) -> tuple[Layout, Layout]:
     """How the queries and the keys of a call lie, from the lengths of the parts on every rank."""
     heard = exchange(cp, {"stage": "lengths", "query": query, "key": key})

@@ -9,7 +9,7 @@ import torch
 from attn_core import reading, selection
 from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import KeyPadding, Packed
-from attn_core.parallel.agreement import agree_on_lengths, agreed
+from attn_core.parallel.agreement import agree_on_lengths, agreed, refuse_whole
 from attn_core.parallel.context import ContextParallel
 from attn_core.parallel.faults import told
 from attn_core.parallel.gathering import gathered, taken
@@ -43,8 +43,7 @@ def parallel_attention(parallel: Any, query: Any, key: Any, value: Any, options:
     if not isinstance(parallel, ContextParallel):
         msg = f"parallel: found {parallel!r}; accepted: a ContextParallel of attn_core.parallel, or None"
         raise CallRefused(msg)
-    parallel.shared.calls += 1
-    parallel.shared.points = 0
+    parallel.shared.begin()
     with told(parallel):
         reading.check_tensors(query, key, value)
         checked = reading.checked_options({**options, "parallel": None})
@@ -154,12 +153,7 @@ class _Call:
         sides = [("query", query)] if query_layout is None else []
         sides += [] if whole_key else [("key", key)]
         for side, length in sides:
-            if self.cp.looks_whole(length):
-                msg = (
-                    f"{side}: found {length} positions, as many as a whole sequence that was sharded; accepted: this rank's "
-                    f"part, as cp.shard gives it, or parallel=cp.given_whole({side!r})"
-                )
-                raise CallRefused(msg)
+            refuse_whole(self.cp, side, length)
         known_query = query_layout or self.cp.known_layout(query)
         known_key = None if whole_key else self.cp.known_layout(key)
         if known_query is None or (known_key is None and not whole_key):

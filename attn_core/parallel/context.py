@@ -47,6 +47,11 @@ class Shared:
     spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
 
+    def begin(self) -> None:
+        """Begin a call, on every rank."""
+        self.calls += 1
+        self.points = 0
+
 
 class ContextParallel:
     """Sequences spread over the ranks of a mesh.

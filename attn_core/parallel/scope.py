@@ -25,8 +25,9 @@ IN_COMPILED_CODE = (
 _in_force: ContextVar[ContextParallel | None] = ContextVar("attn_core.parallel", default=None)
 in_force = _in_force.get
 
-opened = 0
-"""How many scopes are open in the process; compiled code guards it."""
+is_open = False
+"""Whether a scope is open in the process; compiled code guards it."""
+_opened = 0
 _counting = Lock()
 
 
@@ -71,9 +72,10 @@ def suspended() -> Iterator[None]:
 
 
 def _count(step: int) -> None:
-    global opened  # noqa: PLW0603 - a fact about the process
+    global is_open, _opened  # noqa: PLW0603 - facts about the process
     from attn_core import call
 
     with _counting:
-        opened += step
-        call.look_for_scopes(opened > 0)
+        _opened += step
+        is_open = _opened > 0
+        call.look_for_scopes(is_open)
