@@ -88,8 +88,7 @@ class _Operator:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, *, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         given = self.given(None, None, options)
-        most = max(_MOST_PROGRAMS // query.shape[2], 1)
-        if self.which != "splitk" or query.shape[0] <= most:
+        if self.which != "splitk" or query.shape[0] <= (most := max(_MOST_PROGRAMS // query.shape[2], 1)):
             return call(query, key, value, given, lse=return_lse)
         parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
         found = [call(*part, given, lse=return_lse) for part in parts]
@@ -97,20 +96,22 @@ class _Operator:
 
     def given(self, bias: torch.Tensor | None, starts: Starts | None, options: Options) -> Given:
         """The call in the words of xformers. One query for each sequence would be taken for no causal call."""
-        cu_q, cu_k, longest_q, longest_k = starts or (None, None, 0, 0)
-        longest_q = longest_q if starts is None else max(longest_q, 2)
-        causal = options.causal or options.right == 0  # of one diagonal there is one class, with a window or without
-        return Given(
-            self.which, bias, cu_q, cu_k, longest_q, longest_k, options.scale, causal, options.left, options.right
-        )
+        scale, causal, left, right = options[:4]
+        causal = causal or right == 0  # of one diagonal there is one class, with a window or without
+        if starts is None:
+            return Given(self.which, bias, None, None, 0, 0, scale, causal, left, right)
+        cu_q, cu_k, longest_q, longest_k = starts
+        return Given(self.which, bias, cu_q, cu_k, max(longest_q, 2), longest_k, scale, causal, left, right)
 
 
 def call(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, given: Given, *, lse: bool
 ) -> tuple[torch.Tensor, Any]:
     """``run``, or the operator that stands for it where the call is traced."""
-    out, found = traced_run(query, key, value, *given) if traced(query) else run(query, key, value, given, lse=lse)
-    return out, found
+    if traced(query):
+        out, found = traced_run(query, key, value, *given)
+        return out, found
+    return run(query, key, value, given, lse=lse)
 
 
 def call_backward(tensors: tuple[torch.Tensor, ...], given: Given) -> Tensors:
@@ -135,8 +136,8 @@ def forward(
 ) -> Any:
     """Attention by an operator of xformers; see ``attn_core.attention`` for the meaning of the other arguments."""
     options = options_of(scale, causal, window_size, None)
-    blind = query.shape[1] - key.shape[1]
-    if causal and blind > 0 and not isinstance(attn_mask, Packed):  # whose bias classes know no query that sees nothing
+    if causal and not isinstance(attn_mask, Packed) and (blind := query.shape[1] - key.shape[1]) > 0:
+        # its bias classes know no query that sees nothing
         again = partial(forward, operator, query[:, blind:], key, value, scale=scale, attn_mask=attn_mask, causal=True)
         out, lse = again(window_size=window_size, return_lse=True)
         out = pad(out, (0, 0, 0, 0, blind, 0))
