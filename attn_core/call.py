@@ -10,7 +10,7 @@ import torch
 
 from attn_core import selection, warming
 from attn_core.admission import admit
-from attn_core.errors import BackendNotUsable
+from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from attn_core.admission import Admitted
     from attn_core.facts import Facts
+    from attn_core.parallel.context import ContextParallel
     from attn_core.reading import Call
     from attn_core.selection import Choice
 
@@ -44,7 +45,7 @@ _grad_enabled = torch._C.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
-_remembered = _memory.get
+_remembered: Any = _memory.get
 
 
 @overload
@@ -62,7 +63,7 @@ def attention(
     deterministic: bool = ...,
     return_lse: Literal[False] = ...,
     backend: str | Sequence[str] | None = ...,
-    parallel: None = ...,
+    parallel: ContextParallel | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -81,7 +82,7 @@ def attention(
     deterministic: bool = ...,
     return_lse: Literal[True],
     backend: str | Sequence[str] | None = ...,
-    parallel: None = ...,
+    parallel: ContextParallel | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -100,7 +101,7 @@ def attention(
     deterministic: bool = ...,
     return_lse: bool,
     backend: str | Sequence[str] | None = ...,
-    parallel: None = ...,
+    parallel: ContextParallel | None = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -118,7 +119,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str | Sequence[str] | None = None,
-    parallel: None = None,
+    parallel: ContextParallel | None = None,
 ) -> Any:
     """Attention: ``softmax(scale * query @ key^T + mask) @ value``, on the kernel in force, or a refusal that says why.
 
@@ -136,7 +137,8 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         deterministic: the same bits twice, forward and backward, or a refusal.
         return_lse: also return the log-sum-exp.
         backend: a name, or several in order of preference, for this call alone.
-        parallel: reserved for context parallel; None.
+        parallel: the ranks over which the sequence lies, a ``ContextParallel`` of ``attn_core.parallel``; the tensors are
+            then this rank's parts, masks those of the whole. None follows the scope of ``use_parallel``.
 
     Returns:
         (B, Sq, Hq, Dv) in query's dtype (autocast's, under autocast). With return_lse also the natural log-sum-exp of the
@@ -159,6 +161,12 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             attn_mask=attn_mask, causal=causal, scale=scale, window_size=window_size, softcap=softcap,
             dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse, backend=backend, parallel=parallel,
         )  # fmt: skip
+    if parallel is not None:
+        options = {
+            "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
+            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+        }  # fmt: skip
+        return _first_call(None, query, key, value, options, backend)
     # The rest of this function is on the way of every call and is written for speed: facts into a key, one look-up.
     try:
         shape, dtype = query.shape, query.dtype
@@ -208,9 +216,10 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             if _autocast_enabled() or _transforms_active() or _forward_ad._current_level >= 0
             else None,
         )  # fmt: skip
-        found = _remembered(kind) if parallel is None else None
+        found = _remembered(kind)
     except (
         AttributeError,
+        CallRefused,
         RuntimeError,
         TypeError,
         ValueError,
@@ -219,7 +228,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
     if found is None:
         options = {
             "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
-            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+            "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": None,
         }  # fmt: skip
         return _first_call(kind, query, key, value, options, backend)
     run, usual_scale, brought = found
@@ -296,11 +305,32 @@ def _surroundings(query: Any, *others: Any) -> tuple[Any, ...]:
     return autocast_dtype(query.device.type), _transforms_active(), has_tangent(query, *others)
 
 
+def look_for_scopes(look: bool) -> None:
+    """Have calls look for a scope of ``use_parallel``, or not: where none is open, nothing is paid for them."""
+    global _remembered  # noqa: PLW0603 - what the call looks up by
+    _remembered = _remembered_outside_scopes if look else _memory.get
+
+
+def _remembered_outside_scopes(kind: Any) -> Any:
+    from attn_core.parallel.scope import in_force
+
+    return None if in_force() is not None else _memory.get(kind)
+
+
 # --- the first call of a kind -----------------------------------------------------------------------------------------
 
 
 def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
     """Read a call with care, admit it or refuse it, run it, check what came out, and remember the outcome."""
+    parallel = options["parallel"]
+    if parallel is None and _remembered is _remembered_outside_scopes:
+        from attn_core.parallel.scope import in_force
+
+        parallel = in_force()
+    if parallel is not None:
+        from attn_core.parallel.attending import parallel_attention
+
+        return parallel_attention(parallel, query, key, value, options, backend)
     admitted, call = resolve(query, key, value, options, backend)
     brought = {name: option for name, option in call.options.items() if name in _BROUGHT}
     fixed = {name: option for name, option in call.options.items() if name not in _BROUGHT and name != "scale"}

@@ -719,6 +719,18 @@ class BackendSpec:
         """``constraints`` as a tuple, whatever form it was given in."""
         return self.constraints  # type: ignore[return-value]
 
+    def parallel_modes(self, *, backward: bool = False) -> tuple[str, ...]:
+        """The ways of context parallel that are declared; with ``backward`` those in which gradients may be asked for.
+
+        A ring's needs a backward that is a function of its own; with ulysses the graph of the call does.
+        """
+        support = self.context_parallel
+        modes = support.modes if isinstance(support, ContextParallelSupport) else ()
+        if not backward:
+            return modes
+        differentiable = any(not isinstance(item.backward, No) for item in self.alternatives)
+        return tuple(mode for mode in modes if differentiable and (mode == "ulysses" or self.backward is not None))
+
     def reasons(self, facts: Facts) -> list[str]:
         """Why a call with these facts is refused, from the alternative that comes closest; empty if one admits it."""
         if facts.compiled and isinstance(self.compile, No):

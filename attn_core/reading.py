@@ -84,8 +84,8 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
     """Every option as Python has it, or a refusal."""
     if options.get("parallel") is not None:
         msg = (
-            f"parallel: found {options['parallel']!r}; accepted: None. "
-            "Context parallel is not in this version of attn-core; gather the sequence, or shard with your own library"
+            f"parallel: found {options['parallel']!r}; accepted: None in compiled code and in a plan. "
+            "Next: call attention(..., parallel=) outside of torch.compile"
         )
         raise CallRefused(msg)
     causal = switch("causal", options["causal"])

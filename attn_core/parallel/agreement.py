@@ -1,0 +1,114 @@
+"""Makes sure, once for each kind of call, that every rank is about to make the same one and none refuses it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from attn_core.errors import AttnError, BackendNotUsable, CallRefused
+from attn_core.parallel.context import context
+from attn_core.parallel.faults import exchanged
+from attn_core.parallel.kind import parsed
+from attn_core.parallel.layout import Layout
+from attn_core.parallel.preparation import prepare
+
+if TYPE_CHECKING:
+    from attn_core.parallel.context import ContextParallel
+    from attn_core.parallel.kind import Kind
+    from attn_core.parallel.preparation import Prepared
+
+KINDS_REMEMBERED = 1024
+_ERRORS = {error.__name__: error for error in (CallRefused, BackendNotUsable)}
+
+
+class RanksDisagree(CallRefused):
+    """The ranks of a mesh made calls that do not belong together."""
+
+
+def agreed(kind: str) -> Prepared:
+    """What was prepared for a kind of call, once all ranks have agreed on it.
+
+    Args:
+        kind: its text, alike on all ranks.
+
+    Raises:
+        RanksDisagree: on every rank, when the kinds differ.
+        CallRefused: on every rank, when the call is refused on any.
+    """
+    cp = context(kind.partition("\n")[0])
+    found: Prepared | None = cp.shared.kinds.get(kind)
+    if found is None:
+        found = _agree(cp, parsed(kind))
+        if len(cp.shared.kinds) >= KINDS_REMEMBERED:
+            cp.shared.kinds.clear()
+        cp.shared.kinds[kind] = found
+    return found
+
+
+def _agree(cp: ContextParallel, kind: Kind) -> Prepared:
+    refusal, prepared = None, None
+    try:
+        prepared = prepare(kind)
+    except AttnError as error:
+        refusal = [type(error).__name__, str(error)]
+    said = {"stage": "kind", "kind": kind.described(), "refusal": refusal, "backend": prepared and prepared.backend}
+    heard = exchange(cp, said)
+    refusals = {rank: other["refusal"] for rank, other in zip(cp.ranks, heard, strict=True) if other["refusal"]}
+    if refusals:
+        raise _refused(cp, refusals)
+    return prepared  # type: ignore[return-value]
+
+
+def refuse_whole(cp: ContextParallel, side: str, length: int) -> None:
+    """Refuse what is rather a sequence that was sharded than a part of one."""
+    if cp.looks_whole(length):
+        msg = (
+            f"{side}: found {length} positions, as many as a whole sequence that was sharded; accepted: this rank's "
+            f"part, as cp.shard gives it, or parallel=cp.given_whole({side!r})"
+        )
+        raise CallRefused(msg)
+
+
+def agree_on_lengths(cp: ContextParallel, query: int, key: int) -> tuple[Layout, Layout]:
+    """How the queries and the keys of a call lie, from the lengths of the parts on every rank."""
+    heard = exchange(cp, {"stage": "lengths", "query": query, "key": key})
+    rows = [heard[start : start + cp.ulysses] for start in range(0, cp.size, cp.ulysses)]
+    query_layout, key_layout = (
+        Layout(tuple(tuple(one[side] for one in row) for row in rows), cp.order) for side in ("query", "key")
+    )
+    return query_layout, key_layout
+
+
+def exchange(cp: ContextParallel, said: dict[str, Any]) -> list[dict[str, Any]]:
+    """What all ranks say at this point; refused on each where they are not at the same point or mean different calls."""
+    cp.shared.exchanges += 1
+    heard = exchanged(cp, said)
+    described = [
+        _flat({name: one for name, one in other.items() if name in ("stage", "kind", "backend")}) for other in heard
+    ]
+    if any(other["refusal"] for other in heard if other["stage"] == "kind"):
+        described = [{**other, "backend": None} for other in described]
+    names = sorted({name for other in described for name in other})
+    differing = [name for name in names if len({json.dumps(other.get(name)) for other in described}) > 1]
+    if differing:
+        lines = "; ".join(
+            f"{name}: "
+            + ", ".join(f"{other.get(name)!r} on rank {rank}" for rank, other in zip(cp.ranks, described, strict=True))
+            for name in differing
+        )
+        msg = f"parallel: the ranks make different calls: {lines}. Every rank of a mesh makes the same calls in the same order"
+        raise RanksDisagree(msg)
+    return heard
+
+
+def _flat(said: dict[str, Any]) -> dict[str, Any]:
+    kind = said.pop("kind", None) or {}
+    return {**said, **kind}
+
+
+def _refused(cp: ContextParallel, refusals: dict[int, list[str]]) -> AttnError:
+    texts = {text for _, text in refusals.values()}
+    kind, text = next(iter(refusals.values()))
+    if len(refusals) < cp.size or len(texts) > 1:
+        text = "; ".join(f"on rank {rank}: {said}" for rank, (_, said) in sorted(refusals.items()))
+    return _ERRORS.get(kind, CallRefused)(text)
