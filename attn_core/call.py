@@ -439,9 +439,9 @@ def plan(
 
     The same arguments as ``attention``. Nothing is computed, unless the backend compiles at the first call of a kind: then
     that call is made here, with its backward where a gradient is needed, and the plan neither waits nor is refused while a
-    CUDA graph is captured. The plan keeps the backend and the options, the mask
-    included, and checks nothing: that further tensors have the same dtype, device, heads, head dims, the same relation
-    of Sq to Skv, need for gradients and autocast is the caller's promise.
+    CUDA graph is captured. The plan keeps the backend and the options, the mask included, and checks nothing: that further
+    tensors have the same dtype, device, heads, head dims, the same relation of Sq to Skv, need for gradients and autocast
+    is the caller's promise.
 
     Returns:
         A function of (query, key, value), and of ``attn_mask=`` where the plan has a mask.

@@ -601,7 +601,8 @@ class BackendSpec:
         context_parallel: a ``ContextParallelSupport``, or ``No(reason)``.
         numerics: ``Exact()`` or ``Approximate(error)``.
         compile: True when forward traces under ``torch.compile(fullgraph=True)``, else ``No(reason)``.
-        first_call_compiles: whether the first call of a kind compiles and so takes long.
+        first_call_compiles: whether the first call of a kind compiles and so takes long. It is said before, refused while a
+            CUDA graph is captured, and made ahead by ``plan``.
         unverified: why the backend was never run on the hardware that it is for; None where it was. Lists and tables say
             so.
     """

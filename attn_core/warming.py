@@ -129,6 +129,6 @@ def warm_up(
         if kind.facts.backward:
             out = result[0] if type(result) is tuple else result
             wanted = [item for item in (*tensors, mask) if isinstance(item, torch.Tensor) and item.requires_grad]
-            torch.autograd.grad(out, wanted, torch.zeros_like(out))
+            torch.autograd.grad(out, wanted, torch.zeros_like(out), allow_unused=True)
             note(kind, BACKWARD)
     return result

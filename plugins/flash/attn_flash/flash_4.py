@@ -183,8 +183,8 @@ def _run(
         given |= starts._asdict()
     elif lengths is not None:
         given["seqused_k"] = lengths
-    out, lse, *_ = _flash_attn_fwd(query, key, value, **given)
-    return out, lse
+    found = _flash_attn_fwd(query, key, value, **given)
+    return found[0], found[1]
 
 
 def _run_backward(
