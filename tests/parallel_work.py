@@ -102,7 +102,7 @@ def inputs(case):
     return q, k, v, g, mask
 
 
-def computed(case):
+def computed(case, attend=attention):
     """out, lse, dq, dk, dv of the whole, put together from the ranks'."""
     cp = context(case.shape, case.order)
     q, k, v, g, mask = inputs(case)
@@ -125,7 +125,7 @@ def computed(case):
     parallel = cp.given_whole(case.whole) if case.whole else cp
     scope = use_parallel(parallel) if case.scope else nullcontext()
     with scope:
-        out, lse = attention(
+        out, lse = attend(
             q, k, v, attn_mask=mask, return_lse=True, backend=case.backend,
             parallel=None if case.scope else parallel, **dict(case.options),
         )  # fmt: skip
@@ -159,9 +159,9 @@ def expected(case):
     return {"out": out.detach(), "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def errors(case):
+def errors(case, attend=attention):
     """The largest difference of each from the reference; on rank 0, None elsewhere."""
-    found = computed(case)
+    found = computed(case, attend)
     if dist.get_rank() != 0:
         return None
     differences = {}
@@ -327,6 +327,37 @@ def checkpointed(case, reentrant):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     checkpoint(call, *leaves, use_reentrant=reentrant).backward(g)
     return max((a.grad - b).abs().max().item() for a, b in zip(leaves, wanted, strict=True))
+
+
+def checkpointed_in_a_scope(case, reentrant, forward, backward):
+    """What the gradients of a recomputed call differ from, or what is raised; the scope is open around parts of it."""
+    from torch.utils.checkpoint import checkpoint
+
+    from attn_core.parallel import scope
+
+    cp = context(case.shape, case.order)
+    scope._seen.clear()
+    q, k, v, g, _ = (cp.shard(x) if isinstance(x, torch.Tensor) else x for x in inputs(case))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def call(q, k, v):
+        return attention(q, k, v, backend=case.backend, **dict(case.options))
+
+    def inside(open_here):
+        return use_parallel(cp) if open_here else nullcontext()
+
+    with inside(forward):
+        wanted = torch.autograd.grad(call(*leaves), leaves, g)
+    with inside(not forward):
+        call(*leaves)  # a call of the other sort
+    with inside(forward):
+        out = checkpoint(call, *leaves, use_reentrant=reentrant)
+    with inside(backward):
+        try:
+            out.backward(g)
+        except Exception as error:  # noqa: BLE001 - it is what the test asks for
+            return str(error)
+    return max((leaf.grad - want).abs().max().item() for leaf, want in zip(leaves, wanted, strict=True))
 
 
 def autocast(case):

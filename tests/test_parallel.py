@@ -285,6 +285,17 @@ def test_is_recomputed_in_a_checkpoint(ranks, shape, reentrant):
     assert max(ranks.run("checkpointed", case, reentrant, on=world(case))) <= EXACT
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_checkpoint_recomputes_is_spread_as_its_forward_was(ranks, shape, forward, backward):
+    case = Case(shape=shape, queries=18, options=(("causal", True),))
+    for found in ranks.run("checkpointed_in_a_scope", case, False, forward, backward, on=2):
+        assert found <= EXACT, found
+    for found in ranks.run("checkpointed_in_a_scope", case, True, forward, backward, on=2):
+        assert "this process has made calls of both sorts" in found
+
+
 def test_autocast_casts_before_sending(ranks):
     for dtype, sent, allowed in ranks.run("autocast", Case(shape=(2, 1), dtype="float32"), on=2):
         assert dtype == "torch.bfloat16"
