@@ -401,4 +401,21 @@ def failing(case, rank, how):
     attention(q, k, v, backend=case.backend, parallel=cp)
 
 
+def rounding(case):
+    """The errors of results and gradients over ranks, as (root mean square, largest), and those of the kernel on one."""
+    found = computed(case)
+    if dist.get_rank() != 0:
+        return None
+    wanted = expected(case)
+    q, k, v, g, _ = inputs(case)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    alone = attention(*leaves, backend=case.backend, **dict(case.options))
+    one = {"out": alone.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(alone, leaves, g), strict=True))}
+
+    def size(error):
+        return error.square().mean().sqrt().item(), error.abs().max().item()
+
+    return {name: (size(found[name].double() - wanted[name]), size(one[name].double() - wanted[name])) for name in one}
+
+
 __all__ = ["agreement", "merge"]
