@@ -13,6 +13,7 @@ from attn_core.admission import admit
 from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of
+from attn_core.parallel import scope
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
 from attn_core.traced import traced_attention
@@ -305,16 +306,15 @@ def _surroundings(query: Any, *others: Any) -> tuple[Any, ...]:
     return autocast_dtype(query.device.type), _transforms_active(), has_tangent(query, *others)
 
 
-def look_for_scopes(look: bool) -> None:
-    """Have calls look for a scope of ``use_parallel``, or not: where none is open, nothing is paid for them."""
+def look_for_scopes() -> bool:
+    """Have calls look for a scope of ``use_parallel`` from now on; until then nothing is paid. Whether there were calls."""
     global _remembered  # noqa: PLW0603 - what the call looks up by
-    _remembered = _remembered_outside_scopes if look else _memory.get
+    _remembered = _remembered_outside_scopes
+    return bool(_memory)
 
 
 def _remembered_outside_scopes(kind: Any) -> Any:
-    from attn_core.parallel.scope import in_force
-
-    return None if in_force() is not None else _memory.get(kind)
+    return None if scope.of_call() is not None else _memory.get(kind)
 
 
 # --- the first call of a kind -----------------------------------------------------------------------------------------
@@ -323,10 +323,8 @@ def _remembered_outside_scopes(kind: Any) -> Any:
 def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
     """Read a call with care, admit it or refuse it, run it, check what came out, and remember the outcome."""
     parallel = options["parallel"]
-    if parallel is None and _remembered is _remembered_outside_scopes:
-        from attn_core.parallel.scope import in_force
-
-        parallel = in_force()
+    if parallel is None and scope.ever_open:
+        parallel = scope.of_call()
     if parallel is not None:
         from attn_core.parallel.attending import parallel_attention
 

@@ -124,6 +124,20 @@ def test_adds_up_in_float32(ranks, shape, dtype, tolerance):
     agrees(ranks, Case(shape=shape, queries=64, heads=(8, 8), dtype=dtype, options=(("causal", True),)), tolerance)
 
 
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8), (4, 2)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rounds_no_more_than_the_kernel_alone(ranks, shape, causal):
+    """The root mean square over a quarter of a million numbers: it differs by a hundredth from one draw to the next."""
+    for seed in range(2):
+        case = Case(
+            shape=shape, queries=512, heads=(8, 8), dims=(32, 32), dtype="bfloat16", backend="native_flash",
+            options=(("causal", causal),), seed=seed,
+        )  # fmt: skip
+        for name, (together, alone) in largest(ranks, case, "rounding").items():
+            assert together[0] <= 1.5 * alone[0], (name, together, alone)
+            assert alone[0] > 0
+
+
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
 def test_takes_a_batch_of_none(ranks, shape):
     agrees(ranks, Case(shape=shape, batch=0))
@@ -295,6 +309,17 @@ def test_a_window_ends_the_course_of_chunks_early(ranks):
 def test_is_recomputed_in_a_checkpoint(ranks, shape, reentrant):
     case = Case(shape=shape, queries=18, options=(("causal", True),))
     assert max(ranks.run("checkpointed", case, reentrant, on=world(case))) <= EXACT
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_checkpoint_recomputes_is_spread_as_its_forward_was(ranks, shape, forward, backward):
+    case = Case(shape=shape, queries=18, options=(("causal", True),))
+    for found in ranks.run("checkpointed_in_a_scope", case, False, forward, backward, on=2):
+        assert found <= EXACT, found
+    for found in ranks.run("checkpointed_in_a_scope", case, True, forward, backward, on=2):
+        assert "this process has made calls of both sorts" in found
 
 
 def test_autocast_casts_before_sending(ranks):

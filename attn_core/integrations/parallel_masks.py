@@ -17,12 +17,12 @@ from attn_core import CallRefused, KeyPadding, Packed
 from attn_core.parallel.agreement import RanksDisagree, refuse_whole
 from attn_core.parallel.faults import told
 from attn_core.parallel.gathering import all_parts, gathered
-from attn_core.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from attn_core.parallel.context import ContextParallel
+    from attn_core.parallel.layout import Layout
 
 Window = tuple[int, int]
 
@@ -135,9 +135,7 @@ class PartialMask:
             found = ", ".join(f"{batch} on rank {rank}" for rank, (batch, _) in zip(cp.ranks, heard, strict=True))
             msg = f"batch: found {found}; accepted: the same on every rank"
             raise RanksDisagree(msg)
-        lengths = [keys for _, keys in heard]
-        rows = tuple(tuple(lengths[start : start + cp.ulysses]) for start in range(0, cp.size, cp.ulysses))
-        return Layout(rows, cp.order)
+        return cp.layout_on([keys for _, keys in heard])
 
     def _said(self, position_ids: Any) -> torch.Tensor:
         """What this rank has: for each key and batch whether it is real and its position, and what is to be said of these."""
