@@ -50,7 +50,7 @@ def place(rank, places, order="zigzag", device="cpu", *, still=False):
 
 
 def _filled(rooms):
-    """Zeros and what lies around in memory are faster, or slower, than numbers."""
+    """Zeros and what lies around in memory are faster, or slower, than numbers. Keys and gradients differ in dtype here."""
     made = {}
 
     def found(self, dtype):
