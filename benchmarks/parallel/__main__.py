@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 
 SECTIONS = {
+    "bytes": "bytes that ranks send, against the formulas, and keys that they hold",
     "step": "CPU time of a ring step on top of its kernel",
     "merge": "merging partial results over the time to move their bytes",
     "balance": "the busiest rank over 1/P of the whole, rank by rank on one GPU",
