@@ -219,11 +219,11 @@ def errors_with(defect, case):
     """``errors`` with a part made wrong."""
     patches = {
         "merge": (ring, "merge_", _forgetful_merge),
-        "zigzag": (sight, "_moved", lambda piece, queries, keys: piece),
+        "zigzag": (sight, "_placed", _laid_backwards),
         "hop": (ring.Gradients, "pass_on", lambda self, step: None),
         "heads": (heads, "by_positions", _swapped(heads.by_positions)),
         "mask": (part, "cut", None),
-        "diagonal": (sight, "_visible", lambda rectangle, _: rectangle._replace(shift=rectangle.shift + 1)),
+        "diagonal": (sight, "_calls", _seeing_all(sight._calls)),
     }
     owner, name, wrong = patches[defect]
     cp = context(case.shape, case.order)
@@ -243,6 +243,14 @@ def errors_with(defect, case):
         setattr(owner, name, right)
         cp.shared.kinds.clear()
         sight.course.cache_clear()
+
+
+def _laid_backwards(segments):
+    return [(sum(other.length for other in segments[nth + 1 :]), segment) for nth, segment in enumerate(segments)]
+
+
+def _seeing_all(right):
+    return lambda rectangle, seen: right(rectangle, replace(seen, causal=False))
 
 
 def _forgetful_merge(out, lse, part_out, part_lse):

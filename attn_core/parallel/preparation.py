@@ -62,6 +62,11 @@ class Prepared:
         return key_pieces(self.kind)
 
     @cached_property
+    def key_lengths(self) -> tuple[int, ...]:
+        """How many positions each chunk of keys has."""
+        return tuple(sum(segment.length for segment in segments) for segments in self.key_pieces)
+
+    @cached_property
     def options(self) -> dict[str, Any]:
         """What every piece is called with."""
         kind = self.kind

@@ -10,9 +10,12 @@ import sys
 from importlib import import_module
 
 SECTIONS = {
+    "bytes": "bytes that ranks send, against the formulas, and keys that they hold",
+    "seed": "beside the rings of diffusers and yunchang, on a CPU",
     "step": "CPU time of a ring step on top of its kernel",
     "merge": "merging partial results over the time to move their bytes",
     "balance": "the busiest rank over 1/P of the whole, rank by rank on one GPU",
+    "training": "the loss curve of a tiny transformer on several ranks and on one",
     "overlap": "ring and ulysses on real GPUs: right, and how fast; under torchrun",
 }
 

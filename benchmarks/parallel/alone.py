@@ -37,26 +37,28 @@ def place(rank, places, order="zigzag", device="cpu", *, still=False):
         still: whether even the calls to ``torch.distributed`` are left out, and what would arrive is random numbers.
     """
     dist.init_process_group("fake", rank=rank, world_size=places, store=FakeStore())
-    kept = agreement.exchanged, ring.Transfer, ring.Ring.buffers
+    kept = agreement.exchanged, ring.Transfer, ring.Ring.rooms
     agreement.exchanged = lambda cp, said: [said] * cp.size
     if still:
         ring.Transfer = Still
-        ring.Ring.buffers = _filled(ring.Ring.buffers)
+        ring.Ring.rooms = _filled(ring.Ring.rooms)
     try:
         yield ContextParallel(DeviceMesh(device, torch.arange(places), mesh_dim_names=("ring",)), order=order)
     finally:
-        agreement.exchanged, ring.Transfer, ring.Ring.buffers = kept
+        agreement.exchanged, ring.Transfer, ring.Ring.rooms = kept
         dist.destroy_process_group()
 
 
-def _filled(buffers):
-    """Zeros and what lies around in memory are faster, or slower, than numbers."""
+def _filled(rooms):
+    """Zeros and what lies around in memory are faster, or slower, than numbers. Keys and gradients differ in dtype here."""
     made = {}
 
     def found(self, dtype):
         key = (dtype, self.key.shape, self.key.device)
         if key not in made:
-            made[key] = [buffer.normal_() for buffer in buffers(self, dtype)]
+            made[key] = rooms(self, dtype)
+            for room in made[key]:
+                room.memory.normal_()
         return made[key]
 
     return found

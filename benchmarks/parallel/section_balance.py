@@ -44,7 +44,7 @@ def run(options):
                 break
     table(
         f"Busiest rank over 1/P of the whole: causal, {options.tokens} tokens a rank, {options.heads} heads of "
-        f"{options.dim}, {'bfloat16' if device == 'cuda' else 'float32'} on {device}; milliseconds",
+        f"{options.dim}, bfloat16 on {device}; milliseconds",
         ["backend", "P", "order", "whole / P", "busiest", "forward x", "whole / P, both", "busiest, both", "both x"],
         rows,
     )
@@ -91,7 +91,6 @@ def timed(options, tensors, how, device):
 
 def drawn(options, length, device):
     """Query, key, value that require gradients, and a gradient of the result."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     heads = [options.heads, options.key_heads or options.heads, options.key_heads or options.heads, options.heads]
-    q, k, v, g = (torch.randn(1, length, count, options.dim, device=device, dtype=dtype) for count in heads)
+    q, k, v, g = (torch.randn(1, length, count, options.dim, device=device, dtype=torch.bfloat16) for count in heads)
     return *(tensor.requires_grad_() for tensor in (q, k, v)), g

@@ -297,9 +297,8 @@ def sending_nothing():
 
 def drawn(options, length, device):
     """Query, key, value that require gradients, and a gradient of the result."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     heads = [options.heads, options.key_heads or options.heads, options.key_heads or options.heads, options.heads]
-    q, k, v, g = (torch.randn(1, length, count, options.dim, device=device, dtype=dtype) for count in heads)
+    q, k, v, g = (torch.randn(1, length, count, options.dim, device=device, dtype=torch.bfloat16) for count in heads)
     return *(tensor.requires_grad_() for tensor in (q, k, v)), g
 
 
