@@ -16,6 +16,7 @@ ZOO = Path(__file__).parent / "zoo"
 sys.path.insert(0, str(ZOO))
 
 import zoo_kernels  # noqa: E402 (it lies where wheels do)
+import zoo_surroundings  # noqa: E402, F401 (it adds to the lies)
 
 DECLARED = {
     "no_that_is_admitted": "refused[softcap]",

@@ -15,7 +15,7 @@ from attn_core.testing.reference import reference
 from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at, rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
@@ -35,8 +35,8 @@ def compare(case: Case, call: Callable[..., Any], *, numerics: Exact | Approxima
         None where the call is right, the refusal where it was refused.
 
     Raises:
-        AssertionError: result, lse or a gradient is off, an input was changed, the result aliases an input, ...; what else the
-            call raises passes through.
+        AssertionError: result, lse or a gradient is off, an input or the gradient of the result was changed, the backward
+            changed a result, two tensors share memory, ...; what else the call raises passes through.
     """
     with torch.inference_mode() if case.mode == "inference" else nullcontext():
         return _compare(case, call, numerics)
@@ -55,12 +55,15 @@ def _compare(case: Case, call: Callable[..., Any], numerics: Exact | Approximate
     expect(f"{case.spoiled}: admitted", holds=case.spoiled is None)
     out, lse = result if case.return_lse else (result, None)
     _check_results(case, built, out, lse)
-    found = _gradients(case, built, out)
+    grad_out = built.grad_out.to(out.dtype)
+    found = _checked_gradients(case, built, out, lse, grad_out)
     _check_numbers(case, built, out, lse, found, numerics)
     if case.deterministic:
         _check_same_bits(case, built, call, out, found)
     for name, tensor in built.inputs().items():
         expect(f"{name} was changed by the call", holds=_same(before[name], _bits(tensor)))
+    results = {"result": out, "lse": lse, **{f"gradient of {name}": tensor for name, tensor in found.items()}}
+    check_own_memory(results, {**built.inputs(), "gradient of the result": grad_out})
     return None
 
 
@@ -134,11 +137,56 @@ def _wanted(built: Built) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in built.inputs().items() if tensor.requires_grad}
 
 
-def _gradients(case: Case, built: Built, out: torch.Tensor) -> dict[str, torch.Tensor]:
+def check_own_memory(results: Mapping[str, torch.Tensor | None], given: Mapping[str, torch.Tensor]) -> None:
+    """Raise an AssertionError where a result or gradient is made of bytes of another, or of something that was given.
+
+    Parts of one storage that do not overlap are allowed: a backward may make its gradients in one piece.
+
+    Example:
+        >>> import torch
+        >>> pair = torch.zeros(2, 4)
+        >>> check_own_memory({"gradient of key": pair[0], "gradient of value": pair[1]}, {"key": torch.zeros(4)})
+    """
+    made = {name: tensor for name, tensor in results.items() if tensor is not None}
+    every = [*given.items(), *made.items()]
+    for place, (name, tensor) in enumerate(every[len(given) :], len(given)):
+        for other, item in every[:place]:
+            expect(f"the {name} shares memory with the {other}", holds=not _overlap(tensor, item))
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not (one.numel() and other.numel()) or _address(one) != _address(other):
+        return False
+    return bool(torch.isin(_bytes(one), _bytes(other)).any())
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Where in its storage each byte of a tensor is."""
+    size = tensor.element_size()
+    found = torch.arange(size) + tensor.storage_offset() * size
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if stride and length > 1:
+            found = (found[:, None] + torch.arange(length) * stride * size).flatten()
+    return found
+
+
+def _checked_gradients(
+    case: Case, built: Built, out: torch.Tensor, lse: torch.Tensor | None, grad_out: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The gradients, of a backward that changes neither what it is given nor what the call returned."""
+    held = {"the result": out, "lse": lse, "the gradient of the result": grad_out}
+    before = {name: _bits(tensor) for name, tensor in held.items()}
+    found = _gradients(case, built, out, grad_out)
+    for name, tensor in held.items():
+        expect(f"{name} was changed by the backward", holds=_same(before[name], _bits(tensor)))
+    return found
+
+
+def _gradients(case: Case, built: Built, out: torch.Tensor, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
     wanted = _wanted(built)
     if not wanted or case.mode != "grad":
         return {}
-    found = torch.autograd.grad(out, list(wanted.values()), built.grad_out.to(out.dtype))
+    found = torch.autograd.grad(out, list(wanted.values()), grad_out)
     return dict(zip(wanted, found, strict=True))
 
 
@@ -190,7 +238,7 @@ def _check_same_bits(
     again = _call(case, built, call)
     again = again[0] if case.return_lse else again
     expect("not the same result twice", holds=torch.equal(out, again))
-    for name, gradient in _gradients(case, built, again).items():
+    for name, gradient in _gradients(case, built, again, built.grad_out.to(again.dtype)).items():
         expect(f"not the same gradient of {name} twice", holds=torch.equal(found[name], gradient))
     if out.numel():
         expect("two results share memory", holds=_address(out) != _address(again))
