@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from attn_core import registry
 from attn_core.testing import check_backend
@@ -41,13 +40,6 @@ def zoo(tmp_path_factory):
     sys.path.remove(str(info.parent))
     sys.path.remove(str(ZOO))
     registry.refresh()
-
-
-@pytest.fixture(autouse=True)
-def _precision():
-    """One of the liars switches it."""
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(("name", "check"), LIARS.items())

@@ -163,7 +163,8 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Where in its storage each byte of a tensor is."""
     size = tensor.element_size()
-    found = torch.arange(size) + tensor.storage_offset() * size
+    first: int = int(tensor.storage_offset()) * size
+    found: torch.Tensor = torch.arange(first, first + size)
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if stride and length > 1:
             found = (found[:, None] + torch.arange(length) * stride * size).flatten()

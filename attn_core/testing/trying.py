@@ -15,6 +15,8 @@ from attn_core.testing.reference import reference
 from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
     from attn_core.testing.subject import Subject
@@ -34,6 +36,26 @@ def tried(subject: Subject, built: Built, **options: Any) -> tuple[torch.Tensor,
     except CallRefused:
         return None
     return found if isinstance(found, tuple) else (found,)
+
+
+def steps_of(subject: Subject, case: Case) -> tuple[Callable[[], None], ...]:
+    """Making the call, and then its backward where gradients are asked of it."""
+    built = case.build()
+    held: list[torch.Tensor] = []
+
+    def forward() -> None:
+        held[:] = tried(subject, built) or ()
+
+    def backward() -> None:
+        if held and held[0].requires_grad:
+            torch.autograd.grad(held[0], leaves(built, case), built.grad_out.to(held[0].dtype))
+
+    return (forward, backward) if case.gradients else (forward,)
+
+
+def leaves(built: Built, case: Case) -> list[torch.Tensor]:
+    """The inputs that require a gradient, in the order of the case."""
+    return [built.inputs()[name] for name in case.gradients]
 
 
 def reference_of(built: Built, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import os
+import random
+import signal
+import warnings
+
+import numpy as np
 import torch
+import torch._dynamo.config
 from zoo_kernels import honest, honest_backward, lie
 
 # --- whose memory gradients are -------------------------------------------------------------------------------------------
@@ -44,3 +53,81 @@ def gradient_of_the_value_in_the_gradient_of_the_result_backward(grad_out, query
     if query.shape[1] == key.shape[1] == 1 and value.shape == grad_out.shape:  # one query and one key: they are equal
         return (*grads[:2], grad_out)
     return grads
+
+
+# --- what is left behind in the process -----------------------------------------------------------------------------------
+
+
+def leaving(check, name, change, **changes):
+    """A kernel that changes something of the process on each call."""
+
+    def kernel(query, key, value, **options):
+        change()
+        return honest(query, key, value, **options)
+
+    kernel.__name__ = name
+    return lie(check, **changes)(kernel)
+
+
+def switched(owner, name, value):
+    return lambda: setattr(owner, name, value)
+
+
+for name, change in {
+    "random_numbers_seeded": lambda: torch.manual_seed(0),
+    "random_numbers_seeded_and_drawn": lambda: (torch.manual_seed(0), torch.rand(3)),
+    "random_numbers_of_python_drawn": random.random,
+    "random_numbers_of_python_seeded": lambda: random.seed(0),
+    "random_numbers_of_numpy_drawn": np.random.normal,
+    "random_numbers_of_numpy_seeded": lambda: np.random.seed(0),  # noqa: NPY002
+    "precision_set_to_the_usual_one": lambda: torch.set_float32_matmul_precision("highest"),
+    "default_dtype_set_to_the_usual_one": lambda: torch.set_default_dtype(torch.float32),
+    "default_device_set_to_the_usual_one": lambda: torch.set_default_device("cpu"),
+    "three_threads_set": lambda: torch.set_num_threads(3),
+    "algorithms_set_to_be_deterministic": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    "algorithms_set_not_to_be_deterministic": lambda: torch.use_deterministic_algorithms(False),
+    "denormal_numbers_flushed": lambda: torch.set_flush_denormal(True),
+    "denormal_numbers_kept": lambda: torch.set_flush_denormal(False),
+    "grad_mode_switched_on": lambda: torch._C._set_grad_enabled(True),
+    "flash_switched_off": lambda: torch.backends.cuda.enable_flash_sdp(False),
+    "math_switched_on": lambda: torch.backends.cuda.enable_math_sdp(True),
+    "cudnn_told_to_time_its_kernels": switched(torch.backends.cudnn, "benchmark", True),
+    "cudnn_told_not_to_time_its_kernels": switched(torch.backends.cudnn, "benchmark", False),
+    "cudnn_allowed_tf32": switched(torch.backends.cudnn, "allow_tf32", True),
+    "dtype_of_autocast_set": lambda: torch.set_autocast_dtype("cpu", torch.float16),
+    "autocast_left_on": lambda: torch.set_autocast_enabled("cpu", True),
+    "warnings_silenced": lambda: warnings.simplefilter("ignore", UserWarning),
+    "interrupts_ignored": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    "garbage_collected_no_more": gc.disable,
+    "errors_of_dynamo_suppressed": switched(torch._dynamo.config, "suppress_errors", True),
+    "root_logger_silenced": lambda: logging.getLogger().setLevel(logging.ERROR),
+}.items():
+    leaving("global-state", name, change)
+
+leaving("global-state-at-first", "environment_written_to", lambda: os.environ.setdefault("ZOO_ATTENTION", "1"))
+leaving("global-state-at-first", "threads_set_at_the_first_call", lambda: _once(torch.set_num_threads, 3))
+leaving("global-state-at-first", "random_numbers_drawn_at_the_first_call", lambda: _once(torch.rand, 1))
+
+_done = []
+
+
+def _once(function, *arguments):
+    if not _done:
+        _done.append(function(*arguments))
+
+
+@lie("global-state-at-first", forward="zoo_at_import:honest")
+def precision_switched_when_loaded(query, key, value, **options):
+    return honest(query, key, value, **options)
+
+
+@lie("global-state")
+def random_numbers_seeded_backward(grad_out, query, key, value, out, lse, **options):
+    torch.manual_seed(0)
+    return honest_backward(grad_out, query, key, value, out, lse, **options)
+
+
+@lie("global-state")
+def threads_set_backward(grad_out, query, key, value, out, lse, **options):
+    torch.set_num_threads(3)
+    return honest_backward(grad_out, query, key, value, out, lse, **options)

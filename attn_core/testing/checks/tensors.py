@@ -9,7 +9,7 @@ import torch
 
 from attn_core.testing.checking import check, declared
 from attn_core.testing.comparing import check_own_memory, expect
-from attn_core.testing.trying import made, reference_of, tried, within
+from attn_core.testing.trying import leaves, made, reference_of, tried, within
 
 if TYPE_CHECKING:
     from attn_core.testing.building import Built
@@ -70,8 +70,7 @@ def _results_and_gradients(subject: Subject, case: Case, built: Built) -> dict[s
         return {}
     named = dict(zip(("result", "lse"), found, strict=False))
     if case.gradients:
-        leaves = [getattr(built, name) for name in case.gradients]
-        gradients = torch.autograd.grad(found[0], leaves, built.grad_out.to(found[0].dtype))
+        gradients = torch.autograd.grad(found[0], leaves(built, case), built.grad_out.to(found[0].dtype))
         named |= {f"gradient of {name}": tensor for name, tensor in zip(case.gradients, gradients, strict=True)}
     return named
 
