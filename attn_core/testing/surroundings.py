@@ -274,9 +274,10 @@ def _dynamo() -> dict[str, Any]:
 
 def _set_dynamo(values: dict[str, Any]) -> None:
     config: Any = sys.modules["torch._dynamo.config"]
-    for name, value in values.items():
-        if getattr(config, name) != value:
-            setattr(config, name, value)
+    now = _dynamo()
+    for name in values.keys() & now.keys():
+        if now[name] != values[name]:
+            setattr(config, name, values[name])
 
 
 def _modes() -> list[str]:

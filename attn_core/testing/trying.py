@@ -38,6 +38,18 @@ def tried(subject: Subject, built: Built, **options: Any) -> tuple[torch.Tensor,
     return found if isinstance(found, tuple) else (found,)
 
 
+def results_and_gradients(subject: Subject, case: Case, built: Built) -> dict[str, torch.Tensor]:
+    """Everything that a call gives, by what it is; nothing where the adapter refuses it when run."""
+    found = tried(subject, built)
+    if found is None:
+        return {}
+    named = dict(zip(("result", "lse"), found, strict=False))
+    if case.gradients:
+        gradients = torch.autograd.grad(found[0], leaves(built, case), built.grad_out.to(found[0].dtype))
+        named |= {f"gradient of {name}": tensor for name, tensor in zip(case.gradients, gradients, strict=True)}
+    return named
+
+
 def steps_of(subject: Subject, case: Case) -> tuple[Callable[[], None], ...]:
     """Making the call, and then its backward where gradients are asked of it."""
     built = case.build()

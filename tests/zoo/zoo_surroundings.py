@@ -131,3 +131,60 @@ def random_numbers_seeded_backward(grad_out, query, key, value, out, lse, **opti
 def threads_set_backward(grad_out, query, key, value, out, lse, **options):
     torch.set_num_threads(3)
     return honest_backward(grad_out, query, key, value, out, lse, **options)
+
+
+# --- what compilers are told ----------------------------------------------------------------------------------------------
+
+
+def _planned(name, function, planned):
+    operator = torch.library.custom_op(f"attn_zoo::{name}", function, mutates_args=())
+    operator.register_fake(planned)
+    return operator
+
+
+def _heads_first(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    return honest(query, key, value, scale=scale).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _as_the_query(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    out = honest(query, key, value, scale=scale)
+    return torch.empty_like(query).copy_(out) if out.shape == query.shape else out
+
+
+def _contiguous(query, key, value, scale):
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+heads_first = _planned("heads_first", _heads_first, _contiguous)
+as_the_query = _planned("as_the_query", _as_the_query, _contiguous)
+
+
+@lie("compile")
+def fake_of_other_strides(query, key, value, *, scale, **options):
+    return heads_first(query, key, value, scale) if not options else honest(query, key, value, scale=scale, **options)
+
+
+@lie("compile")
+def fake_of_the_strides_of_a_contiguous_query(query, key, value, *, scale, **options):
+    return as_the_query(query, key, value, scale) if not options else honest(query, key, value, scale=scale, **options)
+
+
+def _grads(
+    grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return honest_backward(grad_out, query, key, value, out, lse, scale=scale)
+
+
+def _like_the_inputs(grad_out, query, key, value, out, lse, scale):
+    return tuple(torch.empty_like(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (query, key, value))
+
+
+grads = _planned("grads", _grads, _like_the_inputs)
+
+
+@lie("compile")
+def fake_gradients_of_other_strides_backward(grad_out, query, key, value, out, lse, *, scale, **options):
+    if options:
+        return honest_backward(grad_out, query, key, value, out, lse, scale=scale, **options)
+    return grads(grad_out, query, key, value, out, lse, scale)

@@ -9,10 +9,9 @@ import torch
 
 from attn_core.testing.checking import check, declared
 from attn_core.testing.comparing import check_own_memory, expect
-from attn_core.testing.trying import leaves, made, reference_of, tried, within
+from attn_core.testing.trying import made, reference_of, results_and_gradients, tried, within
 
 if TYPE_CHECKING:
-    from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
     from attn_core.testing.subject import Subject
 
@@ -52,27 +51,15 @@ def aliasing(subject: Subject) -> str:
     cases += subject.draw(3, "dtype", "mask", each=[{"gradients": ALL}], where=lambda case: bool(case.gradients))
     for case in cases:
         first, second = case.build(), replace(case, seed=case.seed + 1).build()
-        held = _results_and_gradients(subject, case, first)
+        held = results_and_gradients(subject, case, first)
         before = {name: tensor.clone() for name, tensor in held.items()}
-        later = _results_and_gradients(subject, case, second) if held else {}
+        later = results_and_gradients(subject, case, second) if held else {}
         for name, tensor in before.items():
             expect(f"the {name} was changed by a later call, in {case!r}", holds=torch.equal(tensor, held[name]))
         check_own_memory({f"{name} of a later call": tensor for name, tensor in later.items()}, held)
     one: dict[str, Any] = {"queries": 1, "keys": 1}
     each = [one, {}, {**one, "gradients": ALL}, {"gradients": ALL}]
     return subject.hold([*cases, *subject.draw(6, "lengths", "heads", "return_lse", each=each)])
-
-
-def _results_and_gradients(subject: Subject, case: Case, built: Built) -> dict[str, torch.Tensor]:
-    """By what they are; none where the adapter refuses the call when run."""
-    found = tried(subject, built)
-    if found is None:
-        return {}
-    named = dict(zip(("result", "lse"), found, strict=False))
-    if case.gradients:
-        gradients = torch.autograd.grad(found[0], leaves(built, case), built.grad_out.to(found[0].dtype))
-        named |= {f"gradient of {name}": tensor for name, tensor in zip(case.gradients, gradients, strict=True)}
-    return named
 
 
 @check("neighbours")
