@@ -11,8 +11,9 @@ import torch
 from attn_core.declaration import Approximate, Exact
 from attn_core.errors import AttnError
 from attn_core.running import KernelError
+from attn_core.testing.nearness import assert_near, error_at
 from attn_core.testing.reference import reference
-from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at, rounding
+from attn_core.testing.tolerances import assert_close, bounds, rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -10,9 +10,10 @@ import torch
 from attn_core.declaration import Approximate
 from attn_core.errors import CallRefused
 from attn_core.running import KernelError
+from attn_core.testing.nearness import assert_near, error_at
 from attn_core.testing.outcomes import CheckFailed
 from attn_core.testing.reference import reference
-from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at
+from attn_core.testing.tolerances import assert_close, bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,11 +8,14 @@ import os
 import random
 import signal
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
 import torch._dynamo.config
-from zoo_kernels import honest, honest_backward, lie
+from zoo_kernels import honest, honest_backward, lie, with_lse, with_out
+
+from attn_core.plugin import Approximate
 
 # --- whose memory gradients are -------------------------------------------------------------------------------------------
 
@@ -188,3 +191,34 @@ def fake_gradients_of_other_strides_backward(grad_out, query, key, value, out, l
     if options:
         return honest_backward(grad_out, query, key, value, out, lse, scale=scale, **options)
     return grads(grad_out, query, key, value, out, lse, scale)
+
+
+# --- the error that is declared -------------------------------------------------------------------------------------------
+
+
+@lie("lengths", numerics=Approximate(0.06))
+def one_row_lost_beside_hundreds(query, key, value, **options):
+    def lost(out):
+        if out.shape[1] >= 100 and out.shape[0] * out.shape[2] >= 4:
+            out[0, -1, 0] = 0
+        return out
+
+    return with_out(partial(honest, query, key, value, **options), lost)
+
+
+@lie("lse", numerics=Approximate(0.05))
+def lse_of_one_row_off(query, key, value, **options):
+    def off(lse):
+        return lse + 0.25 * (torch.arange(lse.numel(), device=lse.device).view(lse.shape) == 0) * (lse.numel() > 30)
+
+    return with_lse(partial(honest, query, key, value, **options), off)
+
+
+@lie("batch", numerics=Approximate(0.3))
+def last_head_lost_among_many(query, key, value, **options):
+    def lost(out):
+        if out.shape[0] * out.shape[2] >= 12:
+            out[-1, :, -1] = 0
+        return out
+
+    return with_out(partial(honest, query, key, value, **options), lost)
