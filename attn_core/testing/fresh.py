@@ -8,7 +8,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from attn_core.testing.outcomes import CheckFailed
+from attn_core.errors import BackendNotUsable
+from attn_core.testing.outcomes import CheckFailed, NotChecked
 
 if TYPE_CHECKING:
     from attn_core.testing.drawing import Case
@@ -25,6 +26,7 @@ def left_by_first_call(subject: Subject, case: Case) -> str | None:
 
     Raises:
         CheckFailed: the process ends otherwise.
+        NotChecked: it is not to be had in another process than this one, as what a test makes up is.
     """
     distribution = str(subject.row.distribution)
     environment = {**os.environ, "ATTN_ONLY": distribution, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -34,13 +36,19 @@ def left_by_first_call(subject: Subject, case: Case) -> str | None:
     if done.returncode:
         msg = f"in a process of its own it fails: {done.stderr.strip()[-300:]}"
         raise CheckFailed(msg)
-    said: str | None = json.loads(done.stdout.splitlines()[-1])
-    return said
+    unable, said = json.loads(done.stdout.splitlines()[-1])
+    if unable:
+        raise NotChecked(unable)
+    return None if said is None else str(said)
 
 
 def main() -> None:
     """What the process does: name, device and case are its arguments."""
-    print(json.dumps(_left(*sys.argv[1:])))  # noqa: T201 (it is read by who started it)
+    try:
+        said: tuple[str | None, str | None] = None, _left(*sys.argv[1:])
+    except (BackendNotUsable, NotChecked) as error:
+        said = f"in a process of its own: {error}", None
+    print(json.dumps(said))  # noqa: T201 (it is read by who started it)
 
 
 def _left(name: str, device: str, case: str) -> str | None:
