@@ -16,7 +16,7 @@ from attn_core.testing.reference import reference
 from attn_core.testing.tolerances import assert_close, bounds, rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
@@ -58,12 +58,13 @@ def _compare(case: Case, call: Callable[..., Any], numerics: Exact | Approximate
     _check_results(case, built, out, lse)
     grad_out = built.grad_out.to(out.dtype)
     found = _checked_gradients(case, built, out, lse, grad_out)
-    _check_numbers(case, built, out, lse, found, numerics)
+    results = {"result": out, **({} if lse is None else {"lse": lse})}
+    results |= {f"gradient of {name}": tensor for name, tensor in found.items()}
+    _check_numbers(case, built, results, numerics)
     if case.deterministic:
         _check_same_bits(case, built, call, out, found)
     for name, tensor in built.inputs().items():
         expect(f"{name} was changed by the call", holds=_same(before[name], _bits(tensor)))
-    results = {"result": out, "lse": lse, **{f"gradient of {name}": tensor for name, tensor in found.items()}}
     check_own_memory(results, {**built.inputs(), "gradient of the result": grad_out})
     return None
 
@@ -138,7 +139,7 @@ def _wanted(built: Built) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in built.inputs().items() if tensor.requires_grad}
 
 
-def check_own_memory(results: Mapping[str, torch.Tensor | None], given: Mapping[str, torch.Tensor]) -> None:
+def check_own_memory(results: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
     """Raise an AssertionError where a result or gradient is made of bytes of another, or of something that was given.
 
     Parts of one storage that do not overlap are allowed: a backward may make its gradients in one piece.
@@ -148,8 +149,7 @@ def check_own_memory(results: Mapping[str, torch.Tensor | None], given: Mapping[
         >>> pair = torch.zeros(2, 4)
         >>> check_own_memory({"gradient of key": pair[0], "gradient of value": pair[1]}, {"key": torch.zeros(4)})
     """
-    made = {name: tensor for name, tensor in results.items() if tensor is not None}
-    every = [*given.items(), *made.items()]
+    every = [*given.items(), *results.items()]
     for place, (name, tensor) in enumerate(every[len(given) :], len(given)):
         for other, item in every[:place]:
             expect(f"the {name} shares memory with the {other}", holds=not _overlap(tensor, item))
@@ -192,36 +192,43 @@ def _gradients(case: Case, built: Built, out: torch.Tensor, grad_out: torch.Tens
     return dict(zip(wanted, found, strict=True))
 
 
-def _check_numbers(
-    case: Case,
-    built: Built,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    found: dict[str, torch.Tensor],
-    numerics: Exact | Approximate,
-) -> None:
-    dtype = effective(case)
-    inputs = {name: _given(tensor, case).requires_grad_(name in found) for name, tensor in built.inputs().items()}
+def _check_numbers(case: Case, built: Built, results: dict[str, torch.Tensor], numerics: Exact | Approximate) -> None:
+    for name, tensor in built.inputs().items():
+        gradient = results.get(f"gradient of {name}", tensor)
+        expect(f"dtype of the gradient of {name}: {gradient.dtype}", holds=gradient.dtype == tensor.dtype)
+    close = partial(assert_close, dtype=effective(case))
+    if isinstance(numerics, Approximate):
+        query, key = _given(built.query, case), _given(built.key, case)
+        close = partial(assert_near, error=error_at(numerics, query, key, built.options.get("scale")))
+    for name, (expected, bound) in expectations(case, built, results).items():
+        close(results[name], expected, what=name, bound=bound)
+
+
+def expectations(case: Case, built: Built, names: Collection[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What the reference has, and how far from it an honest kernel may be: of "result", "lse", "gradient of key", ...
+
+    Args:
+        case: the call.
+        built: its tensors and options.
+        names: of what is wanted.
+    """
+    wanted = [name for name in built.inputs() if f"gradient of {name}" in names]
+    inputs = {name: _given(tensor, case).requires_grad_(name in wanted) for name, tensor in built.inputs().items()}
     options = {name: option for name, option in built.options.items() if name not in ("deterministic", "return_lse")}
     if isinstance(options.get("attn_mask"), torch.Tensor):
         options["attn_mask"] = inputs["attn_mask"]
     tensors = inputs["query"], inputs["key"], inputs["value"]
-    expected, expected_lse = reference(*tensors, **options)
-    grad_out = built.grad_out.to(out.dtype) if found else None
+    out, lse = reference(*tensors, **options)
+    dtype = effective(case)
+    grad_out = built.grad_out.to(dtype) if wanted else None
     allowed = bounds(*tensors, grad_out=grad_out, dtype=dtype, **options)
-    close = partial(assert_close, dtype=dtype)
-    if isinstance(numerics, Approximate):
-        close = partial(assert_near, error=error_at(numerics, tensors[0], tensors[1], options.get("scale")))
-    close(out, expected, what="result", bound=allowed.out)
-    if lse is not None:
-        close(lse, expected_lse, what="lse", bound=allowed.lse)
-    if found:
-        wanted = torch.autograd.grad(expected, [inputs[name] for name in found], built.grad_out.to(out.dtype).double())
-        for name, gradient in zip(found, wanted, strict=True):
-            given = built.inputs()[name].dtype
-            expect(f"dtype of the gradient of {name}: {found[name].dtype}", holds=found[name].dtype == given)
-            bound = getattr(allowed, name) + rounding(gradient, given)
-            close(found[name], gradient, what=f"gradient of {name}", bound=bound)
+    found = {"result": (out.detach(), allowed.out), "lse": (lse, allowed.lse)}
+    if grad_out is not None:
+        gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], grad_out.double())
+        for name, gradient in zip(wanted, gradients, strict=True):
+            bound = getattr(allowed, name) + rounding(gradient, built.inputs()[name].dtype)
+            found[f"gradient of {name}"] = (gradient, bound)
+    return {name: item for name, item in found.items() if name in names}
 
 
 def _given(tensor: torch.Tensor, case: Case) -> torch.Tensor:

@@ -10,13 +10,14 @@ import torch
 from attn_core.declaration import Approximate
 from attn_core.errors import CallRefused
 from attn_core.running import KernelError
+from attn_core.testing.comparing import expectations
 from attn_core.testing.nearness import assert_near, error_at
 from attn_core.testing.outcomes import CheckFailed
 from attn_core.testing.reference import reference
 from attn_core.testing.tolerances import assert_close, bounds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
@@ -69,6 +70,22 @@ def steps_of(subject: Subject, case: Case) -> tuple[Callable[[], None], ...]:
 def leaves(built: Built, case: Case) -> list[torch.Tensor]:
     """The inputs that require a gradient, in the order of the case."""
     return [built.inputs()[name] for name in case.gradients]
+
+
+def hold(
+    subject: Subject, case: Case, found: Mapping[str, torch.Tensor], when: str, given: Built | None = None
+) -> None:
+    """Fail where results and gradients of ``results_and_gradients`` are not those of the reference.
+
+    Args:
+        subject: the backend.
+        case: the call, as it was meant.
+        found: by what they are; nothing is not held.
+        when: what is special about the call, for the message.
+        given: the tensors and options, where they are not the case's own.
+    """
+    for name, (expected, allowed) in expectations(case, given or case.build(), found).items():
+        within(found[name], expected, allowed, subject, f"{name}, {when},", case)
 
 
 def reference_of(built: Built, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -9,11 +9,12 @@ import random
 import signal
 import warnings
 from functools import partial
+from threading import local
 
 import numpy as np
 import torch
 import torch._dynamo.config
-from zoo_kernels import honest, honest_backward, lie, with_lse, with_out
+from zoo_kernels import honest, honest_backward, lie, own, with_lse, with_out
 
 from attn_core.plugin import Approximate
 
@@ -222,3 +223,148 @@ def last_head_lost_among_many(query, key, value, **options):
         return out
 
     return with_out(partial(honest, query, key, value, **options), lost)
+
+
+# --- gradients beside others ----------------------------------------------------------------------------------------------
+
+
+@lie("neighbours")
+def gradients_of_a_batch_touched_by_its_others_backward(grad_out, query, key, value, out, lse, **options):
+    grads = honest_backward(grad_out, query, key, value, out, lse, **options)
+    return (grads[0], grads[1] + 0 * grads[1].sum(0, keepdim=True), grads[2])
+
+
+@lie("same-tensor")
+def gradients_kept_by_the_address_of_their_input_backward(grad_out, query, key, value, out, lse, **options):
+    grads = honest_backward(grad_out, query, key, value, out, lse, **options)
+    kept = dict(zip((query.data_ptr(), key.data_ptr(), value.data_ptr()), grads, strict=True))
+    return tuple(kept[tensor.data_ptr()] for tensor in (query, key, value))
+
+
+# --- circumstances --------------------------------------------------------------------------------------------------------
+
+
+@lie("other-defaults")
+def scale_in_a_tensor_of_the_default_dtype(query, key, value, *, scale, **options):
+    return honest(query, key, value, scale=float(torch.tensor(scale, device="cpu")), **options)
+
+
+@lie("other-defaults")
+def mask_made_on_the_default_device(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask & torch.ones(key.shape[1], dtype=torch.bool)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("uninitialised")
+def sum_that_starts_with_what_was_in_memory(query, key, value, **options):
+    def summed(out):
+        return torch.empty_like(out).mul_(0).add_(out)
+
+    return with_out(partial(honest, query, key, value, **options), summed)
+
+
+@lie("uninitialised")
+def gradient_that_starts_with_what_was_in_memory_backward(grad_out, query, key, value, out, lse, **options):
+    grads = honest_backward(grad_out, query, key, value, out, lse, **options)
+    return (grads[0], torch.empty_like(grads[1]).mul_(0).add_(grads[1]), grads[2])
+
+
+_running = []
+
+
+@lie("interrupted")
+def wrong_after_an_error(query, key, value, **options):
+    _running.append(1)
+    found = honest(query, key, value if len(_running) == 1 else 2 * value, **options)
+    _running.pop()
+    return found
+
+
+@lie("interrupted")
+def precision_not_restored_after_an_error(query, key, value, **options):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    found = honest(query, key, value, **options)
+    torch.set_float32_matmul_precision(before)
+    return found
+
+
+@lie("interrupted")
+def threads_not_restored_after_an_error_backward(grad_out, query, key, value, out, lse, **options):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    grads = honest_backward(grad_out, query, key, value, out, lse, **options)
+    torch.set_num_threads(before)
+    return grads
+
+
+_calls = {}
+
+
+@lie("many-calls")
+def workspace_used_up_at_the_200th_call(query, key, value, **options):
+    kind = (query.shape, query.dtype, tuple(options))
+    _calls[kind] = _calls.get(kind, 0) + 1
+    return honest(query, key, value if _calls[kind] < 200 else 2 * value, **options)
+
+
+_last = {}
+
+
+def _remembering_forward(query, key, value, **options):
+    _last["key"] = key.detach()
+    return honest(query, key, value, **options)
+
+
+@lie("backward-order", forward="zoo_surroundings:_remembering_forward")
+def key_of_the_last_call_backward(grad_out, query, key, value, out, lse, **options):
+    last = _last["key"] if _last["key"].shape == key.shape and _last["key"].dtype == key.dtype else key
+    return honest_backward(grad_out, query, last, value, out, lse, **options)
+
+
+_of_thread = local()
+
+
+def _of_thread_forward(query, key, value, **options):
+    _of_thread.scale = options["scale"]
+    return honest(query, key, value, **options)
+
+
+@lie("backward-order", forward="zoo_surroundings:_of_thread_forward")
+def scale_of_the_thread_backward(grad_out, query, key, value, out, lse, *, scale, **options):
+    return honest_backward(grad_out, query, key, value, out, lse, scale=getattr(_of_thread, "scale", 1.0), **options)
+
+
+class Once(torch.autograd.Function):
+    """Attention whose graph forgets, or holds its inputs where torch does not see them."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, adds, options):
+        out, lse = honest(query, key, value, **{**options, "return_lse": True})
+        ctx.held, ctx.options, ctx.adds, ctx.times = (query, key, value, out, lse), options, adds, 0
+        if adds:  # so that nothing but the adding is wrong
+            ctx.held = tuple(tensor.clone() for tensor in ctx.held)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        ctx.times += 1
+        grads = honest_backward(grad_out, *ctx.held, **{k: v for k, v in ctx.options.items() if k != "return_lse"})
+        return (*((ctx.times * grad for grad in grads) if ctx.adds else grads), None, None)
+
+
+def _once_alone(query, key, value, adds, options):
+    out, lse = Once.apply(query, key, value, adds, options)
+    return (out, lse) if options.get("return_lse") else out
+
+
+@own("backward-order")
+def gradients_added_to_by_a_second_pass(query, key, value, **options):
+    return _once_alone(query, key, value, True, options)
+
+
+@own("changed-before-backward")
+def inputs_held_where_torch_does_not_see_them(query, key, value, **options):
+    return _once_alone(query, key, value, False, options)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core.testing.checking import check, declared
-from attn_core.testing.comparing import check_own_memory, expect
-from attn_core.testing.trying import made, reference_of, results_and_gradients, tried, within
+from attn_core.testing.comparing import check_own_memory, expect, expectations
+from attn_core.testing.trying import results_and_gradients, within
 
 if TYPE_CHECKING:
     from attn_core.testing.drawing import Case
@@ -64,20 +64,19 @@ def aliasing(subject: Subject) -> str:
 
 @check("neighbours")
 def neighbours(subject: Subject) -> str:
-    """The result of one sequence of a batch does not depend on the others."""
-    cases = subject.draw(6, "mask", "causal", "lengths", "dtype", "return_lse", each=[{"batch": 3}])
+    """The result of one sequence of a batch, and its gradients, do not depend on the others."""
+    each: list[dict[str, Any]] = [{"batch": 3}, {"batch": 3, "gradients": ALL}]
+    cases = subject.draw(8, "mask", "causal", "lengths", "dtype", "return_lse", each=each)
     cases = [case for case in cases if case.batch == 3 and "expanded" not in str((case.layouts, case.mask_layout))]
     for case in cases:
-        built = made(case)
-        for tensor in (built.query, built.key, built.value):
-            tensor[0] = 300.0
-            tensor[2] = torch.nan
-        found = tried(subject, built)
-        if found is None:
-            continue
-        expected, allowed = reference_of(made(case), case)
-        for name, result in zip(("out", "lse"), found, strict=False):
-            within(result[1], expected[name][1], allowed[name][1], subject, f"{name} of the second sequence", case)
+        built = case.build()
+        with torch.no_grad():
+            for tensor in (built.query, built.key, built.value):
+                tensor[0] = 300.0
+                tensor[2] = torch.nan
+        found = results_and_gradients(subject, case, built)
+        for name, (expected, allowed) in expectations(case, case.build(), found).items():
+            within(found[name][1], expected[1], allowed[1], subject, f"{name} of the second sequence", case)
     return f"{len(cases)} calls beside neighbours of NaN and of 300"
 
 
@@ -87,14 +86,17 @@ def _can_be_one(case: Case) -> bool:
 
 @check("same-tensor", when=declared("causal"))
 def same_tensor(subject: Subject) -> str:
-    """One tensor may be query, key and value at once."""
-    cases = subject.draw(3, "dtype", each=[{"causal": True, "value_dim": None}], where=_can_be_one)
+    """One tensor may be query, key and value at once; its gradient is the sum of theirs."""
+    each = [{"causal": True, "value_dim": None, "gradients": names} for names in ((), ("query",))]
+    cases = subject.draw(4, "dtype", each=each, where=_can_be_one)
     for case in cases:
-        built = made(case)
+        built = case.build()
         built = replace(built, key=built.query, value=built.query)
-        found = tried(subject, built)
-        if found is None:
-            continue
-        expected, allowed = reference_of(built, case)
-        within(found[0], expected["out"], allowed["out"], subject, "result", case)
+        found = results_and_gradients(subject, case, built)
+        expected = expectations(case, built, (*found, *(f"gradient of {name}" for name in ALL if case.gradients)))
+        if "gradient of query" in found:
+            gradients, bounds = zip(*(expected.pop(f"gradient of {name}") for name in ALL), strict=True)
+            expected["gradient of query"] = torch.stack(gradients).sum(0), torch.stack(bounds).sum(0)
+        for name, (exact, allowed) in expected.items():
+            within(found[name], exact, allowed, subject, name, case)
     return f"{len(cases)} calls"
