@@ -119,8 +119,9 @@ def interrupted(subject: Subject) -> str:
     """After a call, or its backward, that an error ended half-way, the next is right and the process is as it was."""
     _leave_out_if_it_compiles(subject)
     cases = subject.draw(4, "mask", "causal", "dtype", "return_lse", each=BOTH)
+    places = INTERRUPTED_AT[::3] if subject.quick else INTERRUPTED_AT
     for case in cases:
-        for at in INTERRUPTED_AT:
+        for at in places:
             forward, *backward = steps_of(subject, case)
             left = left_by([partial(_interrupt, forward, at)], subject.device, USUAL)
             if backward and not left:
@@ -129,7 +130,7 @@ def interrupted(subject: Subject) -> str:
                 msg = f"an error half-way leaves behind {', '.join(left)}, in {case!r}"
                 raise CheckFailed(msg)
             hold(subject, case, results_and_gradients(subject, case, case.build()), "after one that an error ended")
-    return f"{len(cases)} calls, each interrupted at {len(INTERRUPTED_AT)} places"
+    return f"{len(cases)} calls, each interrupted at {len(places)} places"
 
 
 def _interrupt(step: Callable[[], None], at: int) -> None:
