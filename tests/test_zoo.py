@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from attn_core import registry
 from attn_core.testing import check_backend
 from attn_core.testing.kit import FAILED
+from attn_core.testing.surroundings import USUAL, unusual
 
 ZOO = Path(__file__).parent / "zoo"
 sys.path.insert(0, str(ZOO))
@@ -40,6 +42,13 @@ def zoo(tmp_path_factory):
     sys.path.remove(str(info.parent))
     sys.path.remove(str(ZOO))
     registry.refresh()
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    """Some of the liars change those of the process when they are loaded."""
+    with unusual(torch.device("cpu"), USUAL):
+        yield
 
 
 @pytest.mark.parametrize(("name", "check"), LIARS.items())
