@@ -539,7 +539,8 @@ class Approximate:
     """Computes the defined function up to an error that it declares.
 
     Attributes:
-        error: the relative error (Frobenius norm) that it is held to at every shape, between 0 and 1.
+        error: the relative error (root mean square) that it is held to at every shape, between 0 and 1: of the whole result,
+            and of each head of n rows with 1 + 3 / sqrt(n) times as much; the error of no single row is above 4 times as much.
         scores: up to which size of the scores it is: of ``|scale| |q| |k| / sqrt(D)`` for the longest query and key, about
             1.5 for numbers from randn at the usual scale. Beyond it the error grows in proportion, as that of quantised
             queries and keys does. None is any size.

@@ -11,11 +11,13 @@ import torch
 from attn_core import registry
 from attn_core.testing import check_backend
 from attn_core.testing.kit import FAILED
+from attn_core.testing.surroundings import USUAL, unusual
 
 ZOO = Path(__file__).parent / "zoo"
 sys.path.insert(0, str(ZOO))
 
 import zoo_kernels  # noqa: E402 (it lies where wheels do)
+import zoo_surroundings  # noqa: E402, F401 (it adds to the lies)
 
 DECLARED = {
     "no_that_is_admitted": "refused[softcap]",
@@ -43,10 +45,10 @@ def zoo(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _precision():
-    """One of the liars switches it."""
-    yield
-    torch.set_float32_matmul_precision("highest")
+def _settings():
+    """Some of the liars change those of the process when they are loaded."""
+    with unusual(torch.device("cpu"), USUAL):
+        yield
 
 
 @pytest.mark.parametrize(("name", "check"), LIARS.items())

@@ -19,7 +19,7 @@ KIT = 1
 
 MODULES = (
     "declaration", "refusals", "options", "masks", "gradients", "sizes", "tensors", "numbers", "dropout", "repetition",
-    "tracing", "graphs", "parallel", "combinations",
+    "circumstances", "tracing", "graphs", "parallel", "combinations",
 )  # fmt: skip
 """Where the checks are, in the order in which they run."""
 

@@ -28,10 +28,10 @@ def lie(check, **changes):
 
     def mark(function):
         name = function.__name__
-        where = f"{__name__}:{name}"
+        where = f"{function.__module__}:{name}"
         backward = name.endswith("_backward")
         LIES[name] = (check, {"backward" if backward else "forward": where, **changes})
-        setattr(sys.modules[__name__], name, function)
+        setattr(sys.modules[function.__module__], name, function)
         return function
 
     return mark

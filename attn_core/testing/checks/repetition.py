@@ -1,4 +1,4 @@
-"""Nothing is carried from one call into another: caches, threads."""
+"""Nothing is carried from one call into another, or left behind in the process: caches, threads, settings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from attn_core.guard import Raised, attempt
 from attn_core.masks import Description
 from attn_core.probe import devices
 from attn_core.testing.checking import check
+from attn_core.testing.fresh import left_by_first_call
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.subject import Subject
-from attn_core.testing.trying import made, reference_of, tried, within
+from attn_core.testing.surroundings import ONE_HALF, OTHER_HALF, USUAL, left_by
+from attn_core.testing.trying import made, reference_of, steps_of, tried, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,34 +154,30 @@ def _changing_often() -> Iterator[None]:
 
 @check("global-state")
 def global_state(subject: Subject) -> str:
-    """A call without dropout draws no random numbers, and none changes torch's settings."""
-    cases = subject.draw(4, "mask", "causal", "dtype", "return_lse", "gradients")
+    """A call without dropout, and its backward, leave random numbers and settings of the process as they are."""
+    guarded = not subject.spec.first_call_compiles  # it would compile again where compiled code depends on a setting
+    cases = subject.draw(4, "mask", "causal", "dtype", "return_lse", each=[{"gradients": ()}, {"gradients": ALL}])
     for case in cases:
-        before = _settings()
-        subject.hold([case])
-        random = _random_state(subject.device)  # what is drawn to set up a first call has been
-        subject.hold([case])
-        changed = [name for name, value in _settings().items() if value != before[name]]
-        changed += ["the random state"] * (random != _random_state(subject.device))
-        if changed:
-            msg = f"a call changes {', '.join(changed)} of the process"
-            raise CheckFailed(msg, case)
-    return f"{len(cases)} calls"
+        subject.hold([case])  # what is drawn to set up a first call has been
+        for half in (USUAL, ONE_HALF, OTHER_HALF):
+            left = left_by(steps_of(subject, case), subject.device, half, guarded=guarded)
+            if left:
+                where = "" if half == USUAL else " (in a process whose settings are not the usual ones)"
+                msg = f"a call changes {', '.join(left)}{where}, in {case!r}"
+                raise CheckFailed(msg)
+    return f"{len(cases)} calls, each with usual settings and with two sets of others"
 
 
-def _settings() -> dict[str, Any]:
-    return {
-        "the default dtype": torch.get_default_dtype(),
-        "the grad mode": torch.is_grad_enabled(),
-        "the precision of float32 products": torch.get_float32_matmul_precision(),
-        "whether algorithms are deterministic": torch.are_deterministic_algorithms_enabled(),
-        "the number of threads": torch.get_num_threads(),
-    }
-
-
-def _random_state(device: torch.device) -> list[list[int]]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [state.tolist() for state in (torch.get_rng_state(), *on_device)]
+@check("global-state-at-first")
+def global_state_at_first(subject: Subject) -> str:
+    """Loading it and its first call, in a process of its own, change nothing of that process."""
+    subject.leave_out_if_quick()
+    cases = subject.draw(1, each=[{"gradients": ALL}]) or [subject.plain]
+    left = left_by_first_call(subject, cases[0])
+    if left is not None:
+        msg = f"{left}, in {cases[0]!r}"
+        raise CheckFailed(msg)
+    return "in a process of its own"
 
 
 @check("memory")
