@@ -51,8 +51,8 @@ def _windows(*windows: tuple[int, int] | None) -> tuple[Fragment, ...]:
 _ALL = ("query", "key", "value")
 FACTORS: Mapping[str, tuple[Fragment, ...]] = {
     "lengths": (
-        _lengths(16), _lengths(33), _lengths(64), _lengths(130), _lengths(1), _lengths(5, 17), _lengths(1, 70),
-        _lengths(33, 5), _lengths(70, 1), _lengths(7, 130),
+        _lengths(16), _lengths(33), _lengths(64), _lengths(300), _lengths(1), _lengths(5, 17), _lengths(1, 70),
+        _lengths(33, 5), _lengths(70, 1), _lengths(7, 530),
     ),
     "batch": ({"batch": 2}, {"batch": 1}, {"batch": 3}),
     "heads": ({"heads": (2, 2)}, {"heads": (4, 2)}, {"heads": (6, 2)}, {"heads": (4, 1)}, {"heads": (3, 3)}),

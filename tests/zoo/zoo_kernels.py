@@ -706,6 +706,83 @@ def heads_beyond_the_fourth_left_out(query, key, value, **options):
     return with_out(partial(honest, query, key, value, **options), zeroed)
 
 
+# --- right in one tile of keys, wrong in the next ones ----------------------------------------------------------------------
+
+TILE = 256
+
+
+@lie("masks[key_padding]")
+def padding_not_read_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, KeyPadding):
+        attn_mask = KeyPadding(attn_mask.keep | (torch.arange(key.shape[1], device=key.device) >= TILE))
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[bool]")
+def mask_not_read_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool and attn_mask.shape[3] > TILE:
+        attn_mask = attn_mask | (torch.arange(key.shape[1], device=key.device) >= TILE)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[float]")
+def additive_mask_not_read_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool and attn_mask.shape[3] > TILE:
+        attn_mask = attn_mask.masked_fill(torch.arange(key.shape[1], device=key.device) >= TILE, 0)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[packed]")
+def packed_read_as_one_sequence_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, Packed) and key.shape[1] > TILE:
+        attn_mask = None
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+def forgotten_beyond(tile, check, name, option):
+    def kernel(query, key, value, **options):
+        if key.shape[1] > tile:
+            options.pop(option, None)
+        return honest(query, key, value, **options)
+
+    kernel.__name__ = name
+    return lie(check)(kernel)
+
+
+forgotten_beyond(TILE, "window_size", "window_forgotten_beyond_the_first_tile", "window_size")
+forgotten_beyond(TILE, "softcap", "softcap_forgotten_beyond_the_first_tile", "softcap")
+forgotten_beyond(TILE, "causal", "causal_forgotten_beyond_the_first_tile", "causal")
+forgotten_beyond(4096, "long", "window_forgotten_beyond_4096_keys", "window_size")
+forgotten_beyond(4096, "long", "softcap_forgotten_beyond_4096_keys", "softcap")
+forgotten_beyond(4096, "long", "mask_forgotten_beyond_4096_keys", "attn_mask")
+
+
+@lie("scale")
+def negative_scale_taken_for_positive_beyond_the_first_tile(query, key, value, *, scale, **options):
+    return honest(query, key, value, scale=abs(scale) if key.shape[1] > TILE else scale, **options)
+
+
+@lie("gqa")
+def heads_interleaved_beyond_the_first_tile(query, key, value, **options):
+    groups = query.shape[2] // key.shape[2]
+    if key.shape[1] > TILE and groups > 1:
+        key, value = key.repeat(1, 1, groups, 1), value.repeat(1, 1, groups, 1)
+    return honest(query, key, value, **options)
+
+
+@lie("gqa")
+def scale_off_for_one_query_of_wide_groups(query, key, value, *, scale, **options):
+    decoding = query.shape[1] == 1 < key.shape[1] and query.shape[2] // key.shape[2] > 2
+    return honest(query, key, value, scale=1.1 * scale if decoding else scale, **options)
+
+
+@lie("batch")
+def keys_of_the_first_sequence_beyond_512(query, key, value, **options):
+    if key.shape[1] > 512:
+        key = key[:1].expand_as(key)
+    return honest(query, key, value, **options)
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------------
 
 
