@@ -26,9 +26,9 @@ from attn_core.testing import (
 )
 from attn_core.testing.covering import cover
 from attn_core.testing.facing import facts_of
+from attn_core.testing.head_dims import representative_head_dims
 from attn_core.testing.kit import Outcome, run_check
 from attn_core.testing.shrinking import shrink
-from attn_core.testing.subject import representative_head_dims
 
 DECLARATION = """
 LIMITS = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, causal=True, cross_lengths=True, lse=True)
@@ -474,9 +474,9 @@ def test_facts_of_a_drawn_call_are_those_that_are_read():
 @pytest.mark.parametrize(
     ("declared", "expected"),
     [
-        (None, [(dim, dim) for dim in (64, 16, 128, 80, 8, 1, 3, 40, 96, 192, 256)]),
+        (None, [(dim, dim) for dim in (64, 16, 128, 80, 32, 8, 1, 3, 40, 96, 192, 256)]),
         ({32, 48}, [(32, 32), (48, 48)]),
-        (range(24, 73, 8), [(64, 64), (40, 40), (24, 24), (72, 72)]),
+        (range(24, 73, 8), [(64, 64), (32, 32), (40, 40), (24, 24), (72, 72)]),
         ({(192, 128), (576, 512)}, [(192, 128), (576, 512)]),
         ({64, (192, 128)}, [(64, 64), (192, 128)]),
     ],

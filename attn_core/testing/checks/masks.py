@@ -38,7 +38,7 @@ _ONCE: tuple[dict[str, Any], ...] = tuple(
 )  # fmt: skip
 _DENSE = tuple({**once, "mask_hides": hides} for once in _ONCE for hides in ("some", "rows"))
 FORMS: dict[str, tuple[dict[str, Any], ...]] = {
-    "key_padding": tuple({"mask_hides": hides, "batch": 3} for hides in ("left", "right", "some", "nothing", "everything")),
+    "key_padding": tuple({"mask_hides": hides} for hides in ("left", "right", "some", "nothing", "everything")),
     "packed": ({"batch": 1},),
     "bool": (*_DENSE, {"mask_hides": "everything"}, {"mask_hides": "nothing"}),
     "float": (*_DENSE, {"mask_hides": "far"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"}),

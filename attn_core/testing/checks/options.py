@@ -68,8 +68,8 @@ def softcap(subject: Subject) -> str:
 def gqa(subject: Subject) -> str:
     """Query head h reads key head h // (Hq / Hkv)."""
     pairs = ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2))
-    each = [{**lengths, "heads": heads} for heads in pairs for lengths in (*ACROSS, {"queries": 1, "keys": 70})]
-    cases = subject.draw(35, "mask", "causal", "dtype", "return_lse", "gradients", each=each)
+    each = [{**lengths, "heads": heads} for heads in pairs for lengths in ACROSS]
+    cases = subject.draw(30, "mask", "causal", "dtype", "return_lse", "gradients", each=each)
     return subject.hold(subject.require(cases, "gqa"))
 
 
@@ -83,15 +83,16 @@ def cross_lengths(subject: Subject) -> str:
 @check("value_head_dim", when=declared("value_head_dim"))
 def value_head_dim(subject: Subject) -> str:
     """Values may have another head dim than queries and keys."""
-    each = [item for item in subject.factors["dims"] if item["value_dim"] is not None]
+    each = [item for item in subject.many_dims if item["value_dim"] is not None]
     cases = subject.draw(8, "lengths", "dtype", "causal", *AROUND, each=each) if each else []
     return subject.hold(subject.require(cases, "value_head_dim"))
 
 
 @check("head_dims")
 def head_dims(subject: Subject) -> str:
-    """Every kind of head dim that is declared."""
-    return subject.hold(subject.draw(12, "lengths", "dtype", *AROUND, each=subject.factors["dims"]))
+    """Each head dim that is declared; of a long range, those of many divisors, the ends, and a few others."""
+    each = [item for item in subject.many_dims if item["value_dim"] is None]
+    return subject.hold(subject.draw(12, "lengths", "dtype", *AROUND, each=each or subject.factors["dims"]))
 
 
 @check("lse", when=declared("lse"))

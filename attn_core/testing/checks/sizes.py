@@ -8,11 +8,13 @@ from attn_core.testing.checking import check
 from attn_core.testing.trying import made, reference_of, tried, within
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from attn_core.testing.subject import Subject
 
 MANY = 2**16 + 2
 _LENGTHS = (1, 2, 3, 15, 17, 31, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 257, 300, 513, 640)
-_SPARSE = ((5, 4500), (2, 8300), (4500, 5), (4500, 70))
+_SPARSE = ((5, 4500), (4500, 5), (2, 8300), (4500, 70))
 _LONG: tuple[dict[str, Any], ...] = (
     {"mask": "none"}, {"mask": "key_padding"}, {"mask": "packed"}, {"mask": "bool"}, {"mask": "float"},
     {"window_size": (700, 60)}, {"window_size": (3, -1)}, {"softcap": 2.0}, {"heads": (4, 2)},
@@ -33,27 +35,26 @@ def lengths(subject: Subject) -> str:
 def long(subject: Subject) -> str:
     """Thousands of keys, and thousands of queries: plain ones, of each kind of mask, with windows, softcap and GQA."""
     sparse = subject.admitted({"queries": queries, "keys": keys} for queries, keys in _SPARSE)
-    each = [
-        item
-        for option in _LONG
-        for lengths in (sparse if option is _LONG[0] else sparse[:3]) or [{"queries": 1100, "keys": None}]
-        for causal in (True, False)
-        for item in _with_gradients(subject, {**option, **lengths, "causal": causal})
-    ]
+    both = (True, False)
+    each = [item for lengths in sparse for causal in both for item in _first(subject, _LONG[0], lengths, (causal,))]
+    for turn, option in enumerate(_LONG[1:]):
+        for place, lengths in enumerate(sparse[:2] or [{"queries": 1100, "keys": None}]):
+            each += _first(subject, option, lengths, both if (turn + place) % 2 else both[::-1])
     if not subject.quick:
-        square = (
-            {**option, "queries": 4300, "keys": None, "causal": causal} for option in _LONG for causal in (False, True)
-        )
-        each += [item for option in square for item in _with_gradients(subject, option)][:1]
+        square = {"queries": 4300, "keys": None}
+        each += [item for option in _LONG for item in _first(subject, option, square, both[::-1])][:1]
     if not each:
         return "it admits no plain call"
     return subject.hold(subject.draw(len(each), "return_lse", each=each))
 
 
-def _with_gradients(subject: Subject, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """These fields with gradients, or without where that is refused; nothing where both are."""
-    small = {"batch": 1, "heads": (1, 1), **fields}
-    return subject.admitted({**small, "gradients": names} for names in (("query", "key", "value"), ()))[:1]
+def _first(
+    subject: Subject, option: dict[str, Any], lengths: dict[str, Any], causal: Iterable[bool]
+) -> list[dict[str, Any]]:
+    """The first such call that is admitted, with gradients rather than without; none where none is."""
+    shape = {"batch": 1, "heads": (1, 1), **option, **lengths}
+    names = (("query", "key", "value"), ())
+    return subject.admitted({**shape, "causal": one, "gradients": given} for one in causal for given in names)[:1]
 
 
 @check("each-key")
