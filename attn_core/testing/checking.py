@@ -19,9 +19,9 @@ KIT = 1
 
 MODULES = (
     "declaration", "refusals", "options", "masks", "gradients", "sizes", "tensors", "numbers", "dropout", "repetition",
-    "tracing", "graphs", "parallel", "combinations",
+    "combinations", "tracing", "graphs", "parallel",
 )  # fmt: skip
-"""Where the checks are, in the order in which they run."""
+"""Where the checks are, in the order in which they run: tracing forgets what was compiled before."""
 
 Function = Callable[..., "str | None"]
 _definitions: list[Definition] = []

@@ -21,7 +21,7 @@ _BACKWARD = {"gradients": _GIVEN}
 ESSENTIAL: tuple[Mapping[str, Any], ...] = (
     {},
     {"queries": 300, **_LSE, **_BACKWARD},
-    {"scale": -0.5},
+    {"scale": -0.5, **_BACKWARD},
     {"queries": 5, "keys": 17},
     {"queries": 1, "keys": 70, "batch": 1},
     {"causal": True},
@@ -31,10 +31,8 @@ ESSENTIAL: tuple[Mapping[str, Any], ...] = (
     {"window_size": (2, 1)},
     {"window_size": (5, -1), "queries": 300, **_LSE},
     {"window_size": (-1, 2), "queries": 5, "keys": 17, **_BACKWARD},
-    {"window_size": (3, 0), "causal": True, "queries": 5, "keys": 17},
     {"softcap": 2.0, "queries": 300, **_LSE, **_BACKWARD},
-    {"heads": (4, 2), "queries": 5, "keys": 17, **_BACKWARD},
-    {"heads": (4, 1), "queries": 1, "keys": 70},
+    {"heads": (4, 1), "queries": 1, "keys": 1030},
     {"heads": (6, 2), "causal": True, "queries": 300, "dtype": "float16", **_LSE},
     {"mask": "key_padding"},
     {"mask": "key_padding", "causal": True, "queries": 300, "dtype": "bfloat16", **_LSE, **_BACKWARD},
@@ -44,6 +42,11 @@ ESSENTIAL: tuple[Mapping[str, Any], ...] = (
     {"mask": "bool", "mask_once": (False, True, False, False), "queries": 300, **_LSE, **_BACKWARD},
     {"mask": "float"},
     {"mask": "float", "mask_once": (True, False, False, False), "queries": 5, "keys": 17, **_LSE, **_BACKWARD},
+    {"queries": 12, "keys": 4500, "batch": 1, "heads": (1, 1)},
+    {"layouts": ("transposed",) * 3},
+    {"layouts": ("sliced",) * 3, "grad_layout": "transposed", **_BACKWARD},
+    {"autocast": "bfloat16", "dtype": "float32"},
+    {"mode": "inference", "gradients": ("query", "value")},
 )
 """What is asked for beside a plain call: each meaning by itself, and those together that kernels get wrong together."""
 _WISHES = ("gradients", "return_lse", "dtype")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import combinations, islice, product
+from itertools import chain, combinations, count, islice, product, zip_longest
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,10 @@ Fragment = Mapping[str, Any]
 
 PREFERRED = ("float32", "bfloat16", "float16", "float64")
 _ATTEMPTS = 2000
-_DIMS_COMPILED = 6
-"""How many head dims are tried where each is compiled for."""
+_DIMS_COMPILED = 4
+"""How many head dims, beside the largest, are tried where each is compiled for."""
+_KNOWN = 40
+"""How many calls of known kinds are made where a check wants fewer: they take no time to compile."""
 
 
 def _lengths(queries: int, keys: int | None = None) -> Fragment:
@@ -307,23 +309,28 @@ class Subject:
         self, wanted: int, varied: Sequence[str], each: Sequence[Fragment], where: Callable[[Case], bool] | None
     ) -> list[Case]:
         """Calls of kinds that are tried anyway, or else one of a kind of its own: where each kind takes seconds to compile."""
-        found: dict[Case, None] = {}
         known = [self.plain] if self.quick else self.combinations.cases
         free = {field for name in varied for item in self.factors[name] for field in item} | {"seed"}
-        laid = (
-            (case, self.case(vars(case), item, seed=turn))
-            for turn, (case, item) in enumerate(product(known, each))
-            if _alike(case, self.plain, but={*free, *item})
-        )
-        for case, changed in laid:
-            if kind_of(changed) == kind_of(case) and self.admits(changed) and (where is None or where(changed)):
-                found[changed] = None
+
+        def laid(case: Case, place: int) -> list[Case]:
+            """The calls that need no other code than this one; those of each place begin elsewhere."""
+            found = []
+            for turn in range(place, place + len(each)):
+                item = each[turn % len(each)]
+                changed = self.case(vars(case), item, seed=turn)
+                if kind_of(changed) == kind_of(case) and _alike(
+                    case, self.case(self.plain_fragment, item), but={*free, *item}
+                ):
+                    found.append(changed)
+            return [item for item in found if self.admits(item) and (where is None or where(item))]
+
+        in_turn = zip_longest(*(laid(case, place) for place, case in enumerate(known)))
+        found = [case for several in in_turn for case in several if case is not None][: max(wanted, _KNOWN)]
         if found:
-            return self.random("again").sample(list(found), min(wanted, len(found)))
-        known = [case for case in (self.plain, *known) if any(_has(case, item) for item in each)]
-        plain = [self.case(base, item) for base in self.plain_fragments for item in each]
-        admitted = (case for case in (*known, *plain) if self.admits(case) and (where is None or where(case)))
-        return list(islice(admitted, 1))
+            again = chain.from_iterable([replace(case, seed=case.seed + 100 * n) for case in found] for n in count(0))
+            return list(islice(again, max(wanted, len(found))))
+        plain = (self.case(base, item) for base in self.plain_fragments for item in each)
+        return list(islice((case for case in plain if self.admits(case) and (where is None or where(case))), 1))
 
     def admitted(self, each: Iterable[Fragment]) -> list[dict[str, Any]]:
         """Those of these fields with which a call that is plain otherwise is admitted."""

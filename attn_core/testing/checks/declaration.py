@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
 """Compute capabilities of GPUs from Turing to Blackwell."""
 DRAWN = 1500
-"""How many calls are drawn to reach what a declaration says."""
+"""How many calls are drawn to reach what a declaration says, at least."""
+MOST = 20 * DRAWN
+"""How many, before it counts as never reached."""
 ABILITIES = (
     "causal", "gqa", "cross_lengths", "value_head_dim", "window_size", "softcap", "dropout", "lse", "deterministic",
     "mask_gradient", "backward",
@@ -109,7 +111,10 @@ def declared_values(subject: Subject) -> str:
     for alternative in subject.spec.alternatives:
         values = dict.fromkeys(_declared_values(alternative))
         bare = _without_rules(alternative)
-        for facts in _drawn_facts(alternative, random, DRAWN, representative_head_dims(alternative.head_dims)):
+        pairs = representative_head_dims(alternative.head_dims)
+        for turn, facts in enumerate(_drawn_facts(alternative, random, MOST, pairs)):
+            if turn >= DRAWN and not values:
+                break
             if bare.reasons(facts):
                 continue
             if alternative.reasons(facts):
@@ -226,7 +231,7 @@ def rule(subject: Subject, text: str) -> str:
     tries = 0
     for alternative in subject.spec.alternatives:
         pairs = [*representative_head_dims(alternative.head_dims), *many_head_dims(alternative.head_dims, random)]
-        for facts in _drawn_facts(alternative, random, 4 * DRAWN, pairs):
+        for facts in _drawn_facts(alternative, random, MOST, pairs):
             tries += 1
             if alternative.reasons(facts) in ([text], [f"backward: {text}"]):
                 _refused_here(subject, facts, text)

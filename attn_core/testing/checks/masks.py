@@ -22,7 +22,7 @@ _LENGTHS = tuple(
         (9, 530),
         (33, 5),
         (1, 70),
-        (530, 260),
+        (400, 140),
         (130, None),
         (1, 1030),
     )
@@ -56,7 +56,7 @@ def masks(subject: Subject, kind: str) -> str:
     """A mask of this kind, in every form, alone and with causal and a window."""
     forms = [{"mask": kind, **form} for form in FORMS[kind]]
     lengths = subject.admitted(_LENGTHS) or [{}]
-    rounds = min(len(lengths), max(4, _CALLS // len(forms)))
+    rounds = min(len(lengths), len(lengths) if subject.spec.first_call_compiles else max(4, _CALLS // len(forms)))
     each = [
         {**form, **lengths[(place + turn) % len(lengths)]} for turn in range(rounds) for place, form in enumerate(forms)
     ]

@@ -16,7 +16,7 @@ DIAGONALS = tuple(
     {"queries": queries, "keys": keys}
     for queries, keys in (
         (16, None), (5, 17), (33, 5), (1, 70), (70, 1), (130, None), (7, 130), (67, 129),
-        (300, None), (9, 530), (290, 600), (530, 260), (1, 1030),
+        (300, None), (9, 530), (140, 400), (400, 140), (1, 1030),
     )
 )  # fmt: skip
 """Lengths on both sides of one another, within a block of a kernel and across several."""

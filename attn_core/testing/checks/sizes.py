@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MANY = 2**16 + 2
 _LENGTHS = (1, 2, 3, 15, 17, 31, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 257, 300, 513, 640)
-_SPARSE = ((5, 4500), (4500, 5), (2, 8300), (4500, 70))
+_SPARSE = ((12, 4500), (4500, 5), (2, 8300), (4500, 70))
 _LONG: tuple[dict[str, Any], ...] = (
     {"mask": "none"}, {"mask": "key_padding"}, {"mask": "packed"}, {"mask": "bool"}, {"mask": "float"},
     {"window_size": (700, 60)}, {"window_size": (3, -1)}, {"softcap": 2.0}, {"heads": (4, 2)},
@@ -85,7 +85,7 @@ def batch(subject: Subject) -> str:
     each = [
         {"batch": batch, "heads": (heads, heads), **lengths}
         for batch, heads in ((1, 1), (5, 1), (1, 5), (3, 7), (9, 2))
-        for lengths in ({}, {"queries": 9, "keys": 530}, {"queries": 530, "keys": None})
+        for lengths in ({}, {"queries": 9, "keys": 530}, {"queries": 140, "keys": 400})
     ]
     return subject.hold(subject.draw(15, "dtype", "mask", "return_lse", "gradients", each=each))
 

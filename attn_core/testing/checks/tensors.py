@@ -58,11 +58,16 @@ def aliasing(subject: Subject) -> str:
     return subject.hold(subject.draw(4, "lengths", "heads", "return_lse", each=[{"queries": 1, "keys": 1}, {}]))
 
 
+def _has_neighbours(case: Case) -> bool:
+    return case.batch == 3 and "expanded" not in str((case.layouts, case.mask_layout))
+
+
 @check("neighbours")
 def neighbours(subject: Subject) -> str:
     """The result of one sequence of a batch does not depend on the others."""
-    cases = subject.draw(6, "mask", "causal", "lengths", "dtype", "return_lse", each=[{"batch": 3}])
-    cases = [case for case in cases if case.batch == 3 and "expanded" not in str((case.layouts, case.mask_layout))]
+    cases = subject.draw(
+        6, "mask", "causal", "lengths", "dtype", "return_lse", each=[{"batch": 3}], where=_has_neighbours
+    )
     for case in cases:
         built = made(case)
         for tensor in (built.query, built.key, built.value):
