@@ -328,7 +328,7 @@ class Subject:
         found = [case for several in in_turn for case in several if case is not None][: max(wanted, _KNOWN)]
         if found:
             again = chain.from_iterable([replace(case, seed=case.seed + 100 * n) for case in found] for n in count(0))
-            return list(islice(again, max(wanted, len(found))))
+            return list(islice(again, max(min(wanted, _KNOWN), len(found))))
         plain = (self.case(base, item) for base in self.plain_fragments for item in each)
         return list(islice((case for case in plain if self.admits(case) and (where is None or where(case))), 1))
 

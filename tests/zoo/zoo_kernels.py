@@ -880,7 +880,7 @@ def compiled_state_shared_between_threads(query, key, value, *, scale, **options
     return honest(query, key, value, scale=_state["compiled"], **options)
 
 
-@compiling("gradients")
+@compiling("scale")
 def compiled_gradients_of_the_first_scale_backward(grad_out, query, key, value, out, lse, *, scale, **options):
     scale = _compiled.setdefault((query.shape, query.dtype, "scale"), scale)
     return honest_backward(grad_out, query, key, value, out, lse, scale=scale, **options)
