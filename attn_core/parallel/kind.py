@@ -8,12 +8,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from attn_core.parallel.context import context
-from attn_core.parallel.layout import Segment
+from attn_core.parallel.layout import Layout, Segment
 from attn_core.parallel.sight import Document, Sight
 
 if TYPE_CHECKING:
     from attn_core.parallel.context import ContextParallel
-    from attn_core.parallel.layout import Layout
 
 READ_LATER = "read"
 """Of ``documents``: the offsets are tensors of compiled code, and read when it runs."""

@@ -62,12 +62,15 @@ def aliasing(subject: Subject) -> str:
     return subject.hold([*cases, *subject.draw(6, "lengths", "heads", "return_lse", each=each)])
 
 
+def _has_neighbours(case: Case) -> bool:
+    return case.batch == 3 and "expanded" not in str((case.layouts, case.mask_layout))
+
+
 @check("neighbours")
 def neighbours(subject: Subject) -> str:
     """The result of one sequence of a batch, and its gradients, do not depend on the others."""
     each: list[dict[str, Any]] = [{"batch": 3}, {"batch": 3, "gradients": ALL}]
-    cases = subject.draw(8, "mask", "causal", "lengths", "dtype", "return_lse", each=each)
-    cases = [case for case in cases if case.batch == 3 and "expanded" not in str((case.layouts, case.mask_layout))]
+    cases = subject.draw(8, "mask", "causal", "lengths", "dtype", "return_lse", each=each, where=_has_neighbours)
     for case in cases:
         built = case.build()
         with torch.no_grad():
