@@ -539,7 +539,8 @@ class Approximate:
     """Computes the defined function up to an error that it declares.
 
     Attributes:
-        error: the relative error (Frobenius norm) that it is held to at every shape, between 0 and 1.
+        error: the relative error (root mean square) that it is held to at every shape, between 0 and 1: of the whole result,
+            and of each head of n rows with 1 + 3 / sqrt(n) times as much; the error of no single row is above 4 times as much.
         scores: up to which size of the scores it is: of ``|scale| |q| |k| / sqrt(D)`` for the longest query and key, about
             1.5 for numbers from randn at the usual scale. Beyond it the error grows in proportion, as that of quantised
             queries and keys does. None is any size.
@@ -601,7 +602,8 @@ class BackendSpec:
         context_parallel: a ``ContextParallelSupport``, or ``No(reason)``.
         numerics: ``Exact()`` or ``Approximate(error)``.
         compile: True when forward traces under ``torch.compile(fullgraph=True)``, else ``No(reason)``.
-        first_call_compiles: whether the first call of a kind compiles and so takes long.
+        first_call_compiles: whether the first call of a kind compiles and so takes long. It is said before, refused while a
+            CUDA graph is captured, and made ahead by ``plan``.
         unverified: why the backend was never run on the hardware that it is for; None where it was. Lists and tables say
             so.
     """

@@ -43,6 +43,12 @@ def read(query: Any, key: Any, value: Any, options: dict[str, Any]) -> Call:
     Raises:
         CallRefused: with the value found and the values accepted.
     """
+    if options.get("parallel") is not None:
+        msg = (
+            f"parallel: found {options['parallel']!r}; accepted: None in plan and explain. "
+            "Next: call attention(..., parallel=), which says on every rank why it refuses"
+        )
+        raise CallRefused(msg)
     check_tensors(query, key, value)
     checked = checked_options(options)
     attn_mask = options["attn_mask"]
@@ -82,12 +88,6 @@ _DEFAULTS: dict[str, Any] = {
 
 def checked_options(options: dict[str, Any]) -> dict[str, Any]:
     """Every option as Python has it, or a refusal."""
-    if options.get("parallel") is not None:
-        msg = (
-            f"parallel: found {options['parallel']!r}; accepted: None in compiled code and in a plan. "
-            "Next: call attention(..., parallel=) outside of torch.compile"
-        )
-        raise CallRefused(msg)
     causal = switch("causal", options["causal"])
     scale, window, softcap = options["scale"], options["window_size"], options["softcap"]
     return {

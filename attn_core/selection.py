@@ -17,6 +17,7 @@ import torch
 
 from attn_core import registry
 from attn_core.errors import BackendNotUsable
+from attn_core.guarded import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,7 @@ class Scope:
         self.owner = owner
         self.closed = False
         self.graph_task = graph_task()
-        self.frame = _checkpoint_frame()
+        self.frame = running_frame()
         self.token: Token[tuple[Scope, ...]] | None = None
 
 
@@ -76,6 +77,10 @@ def listed(choice: Choice | None) -> tuple[str, ...]:
     if choice is None:
         return (DEFAULT,)
     return (choice,) if isinstance(choice, str) else choice
+
+
+FROM_ELSEWHERE = "a scope, the process or the environment"
+"""Who chose, where the call did not and more can't be said."""
 
 
 def origin() -> str:
@@ -224,7 +229,7 @@ def checkpointing() -> bool:
     return top_hooks(True) is not None or graph_task() != -1
 
 
-def _checkpoint_frame() -> Any:
+def running_frame() -> Any:
     """The record of the innermost non-reentrant checkpoint whose forward is running, else None.
 
     Its pack hook closes over the frame, which has ``recompute_fn``; true of torch 2.4 to 2.13.
@@ -270,7 +275,7 @@ def consistent_choice(choice: Choice | None) -> Choice | None:
 
 
 def _note_ambient_choice() -> None:
-    frame = _checkpoint_frame()
+    frame = running_frame()
     if frame is None or hasattr(frame, "attn_choice_noted"):
         return
     around = [scope for scope in scopes() if scope.frame is not frame and not scope.closed]
@@ -288,18 +293,21 @@ def _note_ambient_choice() -> None:
     frame.attn_choice_noted = True
 
 
-def _recomputes_without_note() -> bool:
-    """Whether a non-reentrant checkpoint is recomputing here whose forward ran when there was one choice for all.
+def recomputing_frame() -> Any:
+    """The record of the non-reentrant checkpoint that is recomputing here, else None.
 
     The pack hook of a recomputation closes over a weak reference to the checkpoint's frame.
     """
     hooks = top_hooks(True)
     hook = getattr(hooks[0], "__wrapped__", hooks[0]) if hooks is not None else None
-    for item in _closed_over(hook):
-        frame = item() if isinstance(item, ReferenceType) else None
-        if hasattr(frame, "recompute_fn"):
-            return not hasattr(frame, "attn_choice_noted")
-    return False
+    frames = (item() for item in _closed_over(hook) if isinstance(item, ReferenceType))
+    return next((frame for frame in frames if hasattr(frame, "recompute_fn")), None)
+
+
+def _recomputes_without_note() -> bool:
+    """Whether a non-reentrant checkpoint is recomputing here whose forward ran when there was one choice for all."""
+    frame = recomputing_frame()
+    return frame is not None and not hasattr(frame, "attn_choice_noted")
 
 
 def _note_varied() -> None:
@@ -357,30 +365,13 @@ def _consistent_in_force() -> Choice | None:
     return consistent_choice(choice) if checkpointing() else choice
 
 
-class _ChoiceInForce:
-    """What compiled code asks for the choice."""
-
-    def names(self) -> Choice | None:
-        choice = _consistent_in_force()
-        note_used(choice)
-        return choice
+def _used_in_force() -> Choice | None:
+    choice = _consistent_in_force()
+    note_used(choice)
+    return choice
 
 
-def _guarded_choice() -> Any:
-    try:
-        from torch._library.opaque_object import MemberType, register_opaque_type
-        from torch._opaque_base import OpaqueBase
-
-        kind = type("ChoiceInForce", (_ChoiceInForce, OpaqueBase), {"__module__": __name__})
-        register_opaque_type(
-            kind, typ="reference", guard_fn=lambda _: [_consistent_in_force()], members={"names": MemberType.USE_REAL}
-        )
-    except (ImportError, TypeError):  # a torch without them, or with an earlier form of them
-        return None
-    return kind()
-
-
-guarded_choice = _guarded_choice()
+guarded_choice = guarded("ChoiceInForce", _used_in_force, _consistent_in_force)
 
 
 def _count_open(step: int) -> None:
@@ -398,7 +389,7 @@ def traced_choice() -> Choice | None:
             raise BackendNotUsable(SUSPENDED)
         return names
     if guarded_choice is not None:
-        return guarded_choice.names()  # type: ignore[no-any-return]
+        return guarded_choice.now()  # type: ignore[no-any-return]
     if scope_is_open:
         msg = (
             "a scope of use_backend or bind is open, and compiled code can't follow scopes on this version of torch: "

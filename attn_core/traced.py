@@ -17,20 +17,27 @@ from attn_core import reading, selection
 from attn_core.admission import admit
 from attn_core.errors import AttnError, BackendNotUsable, CallRefused
 from attn_core.facts import Facts
+from attn_core.parallel import scope
 from attn_core.running import empty_result, with_backward
 
 # Dynamo takes functions from modules and guards each by its name, so the loaded adapters are put into one.
 adapters = ModuleType("attn_core.loaded_adapters", "The adapters that compiled code uses, by backend.")
 sys.modules[adapters.__name__] = adapters
 
-_ERRORS = {error.__name__: error for error in (CallRefused, BackendNotUsable, AttnError)}
+ERRORS = {error.__name__: error for error in (CallRefused, BackendNotUsable, AttnError)}
 
 
-def traced_attention(query: Any, key: Any, value: Any, *, backend: Any, **options: Any) -> Any:
+over_ranks: Any = None
+"""What makes a call over ranks part of the graph: ``attn_core.parallel`` sets it, without which there are no ranks."""
+
+
+def traced_attention(query: Any, key: Any, value: Any, *, backend: Any, parallel: Any, **options: Any) -> Any:
     """Make one call of ``attention`` part of the graph, or raise as the eager call would."""
+    identity = scope.traced_identity() if parallel is None else _identity(parallel)
     reading.check_tensors(query, key, value)
     attn_mask = options["attn_mask"]
-    reading.check_mask(attn_mask, query, key)
+    if identity is None:
+        reading.check_mask(attn_mask, query, key)
     autocast = reading.autocast_dtype(query.device.type)
     if autocast is not None:
         query, key, value, attn_mask = (reading.cast(item, autocast) for item in (query, key, value, attn_mask))
@@ -40,8 +47,34 @@ def traced_attention(query: Any, key: Any, value: Any, *, backend: Any, **option
             constant(side + 1) - 1 if isinstance(side, int) and side >= -1 else side for side in window
         )
     checked = reading.checked_options(options)
-    passed = reading.passed_options(checked, attn_mask, constant(query.shape[3]))
     choice = selection.traced_choice() if backend is None else selection.normalized(backend)
+    chosen_by = selection.FROM_ELSEWHERE if backend is None else "backend="
+    if autocast is None:
+        return _compute(identity, query, key, value, attn_mask, checked, choice, chosen_by)
+    with torch.autocast(query.device.type, enabled=False):
+        return _compute(identity, query, key, value, attn_mask, checked, choice, chosen_by)
+
+
+def _compute(
+    identity: Any, query: Any, key: Any, value: Any, attn_mask: Any, checked: Any, choice: Any, chosen_by: str
+) -> Any:
+    if identity is None:
+        return attend(query, key, value, attn_mask, checked, choice)
+    reading.check_dtypes((query.dtype, key.dtype, value.dtype), reading.mask_facts(attn_mask, None))
+    return over_ranks(identity, query, key, value, attn_mask, checked, (choice, chosen_by))
+
+
+def _identity(parallel: Any) -> Any:
+    identity = getattr(parallel, "identity", None)
+    if identity is None:
+        msg = f"parallel: found {parallel!r}; accepted: a ContextParallel of attn_core.parallel, or None"
+        raise CallRefused(msg)
+    return identity
+
+
+def attend(query: Any, key: Any, value: Any, attn_mask: Any, checked: dict[str, Any], choice: Any) -> Any:
+    """The call on this rank, of tensors that autocast has no more to do with."""
+    passed = reading.passed_options(checked, attn_mask, constant(query.shape[3]))
     outcome = _resolve(
         choice,
         (query.dtype, key.dtype, value.dtype),
@@ -54,13 +87,10 @@ def traced_attention(query: Any, key: Any, value: Any, *, backend: Any, **option
         ("softcap" in passed, "dropout_p" in passed, reading.needs_graph(query, key, value, attn_mask)),
     )
     if outcome[0] == "refused":
-        raise _ERRORS[outcome[1]](outcome[2])
+        raise ERRORS[outcome[1]](outcome[2])
     if query.shape[0] == 0 or query.shape[1] == 0 or key.shape[1] == 0:
         return empty_result(query, key, value, **passed)
-    if autocast is None:
-        return _run(outcome[1], outcome[2], query, key, value, passed)
-    with torch.autocast(query.device.type, enabled=False):
-        return _run(outcome[1], outcome[2], query, key, value, passed)
+    return _run(outcome[1], outcome[2], query, key, value, passed)
 
 
 def _run(name: str, graph: str, query: Any, key: Any, value: Any, passed: dict[str, Any]) -> Any:
@@ -71,8 +101,11 @@ def _run(name: str, graph: str, query: Any, key: Any, value: Any, passed: dict[s
     return (result[0], result[1].detach()) if passed.get("return_lse") else result
 
 
-def _plain(side: Any) -> Any:
-    return constant(side + 1) - 1 if isinstance(side, int) and side >= -1 else side
+def plain(option: Any) -> Any:
+    """An option as a plain number, if it is a number that varies."""
+    if isinstance(option, float):
+        return torch.fx.experimental.symbolic_shapes.guard_scalar(option)
+    return option
 
 
 def constant(size: Any) -> int:
@@ -96,6 +129,7 @@ def _resolve(
     softcap, dropout, backward = presence
     try:
         reading.check_dtypes(dtypes, mask)
+        vmap, forward_mode = transforms()
         facts = Facts(
             **reading.device_facts(device),
             **mask,
@@ -110,20 +144,25 @@ def _resolve(
             softcap=softcap,
             dropout=dropout,
             backward=backward,
-            vmap=torch._C._are_functorch_transforms_active(),
-            forward_mode=torch.autograd.forward_ad._current_level >= 0,
+            vmap=vmap,
+            forward_mode=forward_mode,
             compiled=True,
         )
-        admitted = admit(choice, facts, "backend=, a scope, the process or the environment")
+        admitted = admit(choice, facts, f"backend=, {selection.FROM_ELSEWHERE}")
     except AttnError as error:
         kind = type(error).__name__
-        return ("refused", kind if kind in _ERRORS else "AttnError", str(error))
+        return ("refused", kind if kind in ERRORS else "AttnError", str(error))
     name = re.sub(
         r"\W", "_", f"{admitted.row.distribution}__{admitted.row.name}"
     )  # two wheels may have one of that name
     setattr(adapters, name, admitted.adapter)
     graph = "core" if backward and not admitted.own_graph else "own"
     return ("run", name, graph)
+
+
+def transforms() -> tuple[bool, bool]:
+    """Whether transforms of ``torch.func``, and forward-mode differentiation, reach what is traced."""
+    return torch._C._are_functorch_transforms_active(), torch.autograd.forward_ad._current_level >= 0
 
 
 # What torch.compiler.assume_constant_result does, without importing Dynamo for everybody.

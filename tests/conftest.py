@@ -88,6 +88,17 @@ def stubs(tmp_path_factory):
     call.forget()
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """A pool of 8 processes, one for the whole session, with a mesh of each shape."""
+    from ranks import SHAPES, Ranks
+
+    pool = Ranks()
+    pool.run("make_meshes", SHAPES)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture(autouse=True)
 def no_choice_left_behind(monkeypatch):
     """No test sees another's choice of backend, and none leaves one."""

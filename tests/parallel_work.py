@@ -111,7 +111,7 @@ def inputs(case):
     return *(tensor.to(case.device) for tensor in (q, k, v, g)), mask
 
 
-def computed(case):
+def computed(case, attend=attention):
     """out, lse, dq, dk, dv of the whole, put together from the ranks'."""
     cp = context(case.shape, case.order)
     q, k, v, g, mask = inputs(case)
@@ -134,7 +134,7 @@ def computed(case):
     parallel = cp.given_whole(case.whole) if case.whole else cp
     scope = use_parallel(parallel) if case.scope else nullcontext()
     with scope:
-        out, lse = attention(
+        out, lse = attend(
             q, k, v, attn_mask=mask, return_lse=True, backend=case.backend,
             parallel=None if case.scope else parallel, **dict(case.options),
         )  # fmt: skip
@@ -168,9 +168,9 @@ def expected(case):
     return {"out": out.detach(), "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def errors(case):
+def errors(case, attend=attention):
     """The largest difference of each from the reference; on rank 0, None elsewhere."""
-    found = computed(case)
+    found = computed(case, attend)
     if dist.get_rank() != 0:
         return None
     differences = {}
@@ -410,6 +410,37 @@ def checkpointed(case, reentrant):
     return max((a.grad - b).abs().max().item() for a, b in zip(leaves, wanted, strict=True))
 
 
+def checkpointed_in_a_scope(case, reentrant, forward, backward):
+    """What the gradients of a recomputed call differ from, or what is raised; the scope is open around parts of it."""
+    from torch.utils.checkpoint import checkpoint
+
+    from attn_core.parallel import scope
+
+    cp = context(case.shape, case.order)
+    scope._seen.clear()
+    q, k, v, g, _ = (cp.shard(x) if isinstance(x, torch.Tensor) else x for x in inputs(case))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def call(q, k, v):
+        return attention(q, k, v, backend=case.backend, **dict(case.options))
+
+    def inside(open_here):
+        return use_parallel(cp) if open_here else nullcontext()
+
+    with inside(forward):
+        wanted = torch.autograd.grad(call(*leaves), leaves, g)
+    with inside(not forward):
+        call(*leaves)  # a call of the other sort
+    with inside(forward):
+        out = checkpoint(call, *leaves, use_reentrant=reentrant)
+    with inside(backward):
+        try:
+            out.backward(g)
+        except Exception as error:  # noqa: BLE001 - it is what the test asks for
+            return str(error)
+    return max((leaf.grad - want).abs().max().item() for leaf, want in zip(leaves, wanted, strict=True))
+
+
 def autocast(case):
     """The dtype of the result and of what was sent, under autocast to bfloat16."""
     cp = context(case.shape, case.order)
@@ -449,6 +480,23 @@ def failing(case, rank, how):
         for prepared in cp.shared.kinds.values():
             object.__setattr__(prepared.adapter, "forward", broken)
     attention(q, k, v, backend=case.backend, parallel=cp)
+
+
+def rounding(case):
+    """The errors of results and gradients over ranks, as (root mean square, largest), and those of the kernel on one."""
+    found = computed(case)
+    if dist.get_rank() != 0:
+        return None
+    wanted = expected(case)
+    q, k, v, g, _ = inputs(case)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    alone = attention(*leaves, backend=case.backend, **dict(case.options))
+    one = {"out": alone.detach(), **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(alone, leaves, g), strict=True))}
+
+    def size(error):
+        return error.square().mean().sqrt().item(), error.abs().max().item()
+
+    return {name: (size(found[name].double() - wanted[name]), size(one[name].double() - wanted[name])) for name in one}
 
 
 __all__ = ["agreement", "merge"]

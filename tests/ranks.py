@@ -1,4 +1,7 @@
-"""A pool of processes that are the ranks of one group, started once; a job is a function of ``parallel_work`` by name."""
+"""A pool of processes that are the ranks of one group, started once; a job is a function by name.
+
+``parallel_work`` is where jobs are; of another module beside it, the name has the module's before a dot.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, job: str, *arguments: object, on: int | None = None) -> list[object]:
-        """The results of ``parallel_work.job(*arguments)`` on ranks 0 to ``on`` - 1; raises what a rank raised."""
+        """The results of ``job(*arguments)`` on ranks 0 to ``on`` - 1; raises what a rank raised."""
         answers = self.answers(job, *arguments, on=on)
         failed = [f"rank {rank}: {text}" for rank, (fine, text) in enumerate(answers) if not fine]
         if failed:
@@ -83,14 +86,15 @@ def _serve(pipe: object, rank: int, world: int, port: int, timeout: float) -> No
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.distributed_c10d.default_pg_timeout = dt.timedelta(seconds=timeout)  # which a mesh's groups take
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=dt.timedelta(seconds=timeout))
-    work = importlib.import_module("parallel_work")
+    importlib.import_module("parallel_work")
     while True:
         try:
             job, arguments = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             os._exit(0)  # the others are ended too; nothing is to be said to them
         try:
-            answer = (True, getattr(work, job)(*arguments))
+            module, _, name = job.rpartition(".")
+            answer = (True, getattr(importlib.import_module(module or "parallel_work"), name)(*arguments))
         except BaseException as error:  # noqa: BLE001 - whatever it is, the test is told
             answer = (False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         pipe.send(answer)

@@ -268,3 +268,41 @@ def test_real_minilm_weights_on_padded_batches_match_float64_eager(monkeypatch):
             assert (found - expected).abs().max() < 1e-4
             without = model(batch["input_ids"]).last_hidden_state[real]
             assert (without - expected).abs().max() > 1e-2
+
+
+def test_masks_of_positions_alone_are_described_for_context_parallel_and_others_refused():
+    from transformers import masking_utils as made
+
+    from attn_core.integrations.parallel_masks import Described, described
+
+    positions = torch.tensor([[0, 1, 0, 1]])
+    sliding = made.sliding_window_causal_mask_function(3)
+    assert described(made.causal_mask_function) == Described(causal=True)
+    assert described(made.bidirectional_mask_function) == Described()
+    assert described(sliding) == Described(causal=True, window=(2, -1))
+    assert described(made.sliding_window_bidirectional_mask_function(3)) == Described(window=(3, 3))
+    packed = described(made.packed_sequence_compatibility_function(sliding, positions, positions))
+    assert packed[:2] == (True, (2, -1))
+    assert packed.positions is positions
+    for function in (
+        made.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)),
+        made.or_masks(made.causal_mask_function, made.blockwise_overlay(positions)),
+        made.and_masks(made.causal_mask_function, lambda batch, head, query, key: key > 1),
+        lambda batch, head, query, key: key <= query,
+    ):
+        with pytest.raises(CallRefused, match="which may look at more than positions"):
+            described(function)
+
+
+def test_what_is_described_is_what_transformers_writes_out():
+    from transformers import masking_utils as made
+
+    from attn_core.integrations.parallel_masks import described
+    from attn_core.masks import diagonal_mask
+
+    for function in (
+        made.causal_mask_function, made.sliding_window_causal_mask_function(3), made.sliding_window_bidirectional_mask_function(2)
+    ):  # fmt: skip
+        wanted = made.sdpa_mask(1, 9, 9, mask_function=function, allow_is_causal_skip=False)
+        found = described(function)
+        assert torch.equal(diagonal_mask(9, 9, causal=found.causal, window_size=found.window)[None, None], wanted)

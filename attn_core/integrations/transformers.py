@@ -1,4 +1,18 @@
-"""attn as an attention implementation of transformers (5.0 and later): ``attn_implementation="attn"``."""
+"""attn as an attention implementation of transformers (5.0 and later): ``attn_implementation="attn"``.
+
+Example:
+    One sequence over the ranks of a mesh; each rank has the whole batch. Labels are shifted before they are sharded, since
+    the model would shift those of its part alone, and the positions are those in the whole sequence::
+
+        register(backend="native_flash")
+        cp = ContextParallel(mesh)
+        shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        ids, shifted, padding = (cp.shard(x) for x in (input_ids, shifted, attention_mask))
+        with use_parallel(cp):
+            out = model(input_ids=ids, attention_mask=padding, position_ids=cp.positions()[None],
+                        labels=ids, shift_labels=shifted, num_items_in_batch=count)
+        out.loss.backward()  # the sum over this rank's tokens, over count: losses and gradients are summed over the ranks
+"""
 
 from __future__ import annotations
 
@@ -15,10 +29,14 @@ from transformers.masking_utils import (
 )
 
 from attn_core import CallRefused, Packed, attention
+from attn_core.integrations.parallel_masks import IN_A_CACHE, PartialMask, described
 from attn_core.masks import packed_mask
+from attn_core.parallel import scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from attn_core.parallel.context import ContextParallel
 
 HARMLESS = frozenset(
     {
@@ -33,10 +51,16 @@ HARMLESS = frozenset(
         "past_key_values",
         "position_ids",
         "return_dict",
+        "shift_labels",
         "use_cache",
     }
 )
 """Keywords that models hand down to attention and that do not change what attention computes."""
+
+IN_COMPILED_CODE = (
+    "use_parallel: found a scope that is open around a compiled model; accepted: a model that is not compiled, since its masks "
+    "are found with the other ranks while it runs. Open the scope around the model as it was before torch.compile"
+)
 
 
 def register(name: str = "attn", *, backend: str | Sequence[str] | None = None) -> None:
@@ -114,13 +138,18 @@ def attention_forward(
     packed = None
     if cu_seq_lens_q is not None:
         packed = Packed(cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k)
-    if mask is not None:
+    parallel = _in_force()
+    if isinstance(mask, PartialMask):
+        parallel, causal, window = mask.parallel, mask.described.causal, mask.described.window
+        mask = mask.whole(key.shape[2], others.get("position_ids"), packed)
+    elif mask is not None:
         causal = False
         if packed is not None:  # the mask may know of the sequences or not
             mask = _inside_sequences(mask, packed, query.shape[2], key.shape[2])
     else:
         mask = packed
-    if attention_mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+    cuts = parallel is not None or (sliding_window is not None and key.shape[2] > sliding_window)
+    if attention_mask is None and sliding_window is not None and cuts:
         window = _causal_window(sliding_window, causal=causal)
     out = attention(
         query.transpose(1, 2),
@@ -133,8 +162,18 @@ def attention_forward(
         softcap=softcap,
         dropout_p=dropout,
         backend=backend,
+        parallel=parallel,
     )
     return out, None
+
+
+def _in_force() -> Any:
+    """The scope of ``use_parallel`` that is open; code that is traced is refused where it can't be told."""
+    if torch.compiler.is_dynamo_compiling():
+        if scope.is_open:
+            raise CallRefused(IN_COMPILED_CODE)
+        return None
+    return scope.in_force()
 
 
 def _inside_sequences(mask: torch.Tensor, packed: Packed, query_length: int, key_length: int) -> torch.Tensor:
@@ -178,16 +217,24 @@ def attention_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **others: Any,
-) -> torch.Tensor | None:
+) -> torch.Tensor | PartialMask | None:
     """Make the mask of a layer type, as transformers asks for it once per forward.
 
     None is returned only where the layer's own "causal" (bottom-right) or "everything" says the same: no padding, no
     window that cuts, and for causal the last query on the last key. A static cache, whose empty slots lie behind the
     last query, always gets a mask.
 
+    Inside ``use_parallel`` the lengths are those of this rank's part, and the layers find the mask of the whole sequence.
+
     Returns:
         None, or bool broadcastable to (B, 1, Sq, Skv), True may attend. Padding alone is (B, 1, 1, Skv).
     """
+    parallel = _in_force()
+    if parallel is not None:
+        sizes = (batch_size, q_length, kv_length)
+        return _partial_mask(
+            parallel, mask_function, attention_mask, sizes, (q_offset, kv_offset), others.get("device")
+        )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length].bool()
@@ -213,6 +260,29 @@ def attention_mask(
         allow_is_bidirectional_skip=False,
         **others,
     )
+
+
+def _partial_mask(
+    parallel: ContextParallel,
+    mask_function: Callable[..., Any],
+    padding: torch.Tensor | None,
+    sizes: tuple[int, int, int],
+    offsets: tuple[Any, Any],
+    device: Any,
+) -> PartialMask:
+    """Refuse, inside ``use_parallel``, what isn't a forward of a whole sequence, and note what is said of the rest."""
+    batch, queries, keys = sizes
+    found = described(mask_function)
+    continued = any(not isinstance(offset, int) or offset for offset in offsets)
+    if continued or ((found.causal or found.window) and queries != keys):
+        raise CallRefused(IN_A_CACHE.format(found=f"at {offsets[0]}, {queries} for {keys} keys"))
+    if padding is not None and tuple(padding.shape) != (batch, keys):
+        msg = (
+            f"attention_mask: found shape {tuple(padding.shape)}; accepted in context parallel: (B, S) = {(batch, keys)}, "
+            "sharded as input_ids are"
+        )
+        raise CallRefused(msg)
+    return PartialMask(parallel, found, None if padding is None else padding.bool(), *sizes, device)
 
 
 def _is_plain(offset: int | torch.Tensor) -> bool:

@@ -9,12 +9,13 @@ from attn_core.errors import AttnError, BackendNotUsable, CallRefused
 from attn_core.parallel.context import context
 from attn_core.parallel.faults import exchanged
 from attn_core.parallel.kind import parsed
-from attn_core.parallel.layout import Layout
 from attn_core.parallel.preparation import prepare
+from attn_core.selection import graph_task
 
 if TYPE_CHECKING:
     from attn_core.parallel.context import ContextParallel
     from attn_core.parallel.kind import Kind
+    from attn_core.parallel.layout import Layout
     from attn_core.parallel.preparation import Prepared
 
 KINDS_REMEMBERED = 1024
@@ -45,6 +46,15 @@ def agreed(kind: str) -> Prepared:
     return found
 
 
+def begun(cp: ContextParallel) -> None:
+    """Begin a call that compiled code makes, which counts itself when it runs; any other was begun where it was read.
+
+    A backward, and what is recomputed in it, belongs to no new call.
+    """
+    if not cp.shared.going and graph_task() == -1:
+        cp.shared.begin()
+
+
 def _agree(cp: ContextParallel, kind: Kind) -> Prepared:
     refusal, prepared = None, None
     try:
@@ -59,13 +69,50 @@ def _agree(cp: ContextParallel, kind: Kind) -> Prepared:
     return prepared  # type: ignore[return-value]
 
 
+def layouts(
+    cp: ContextParallel, query: int, key: int, *, query_layout: Layout | None, whole_key: bool
+) -> tuple[Layout, Layout | None]:
+    """How the queries and the keys of a call lie, from what is known of lengths, or from what all ranks say.
+
+    Args:
+        cp: the ranks.
+        query: how many this rank has.
+        key: the same.
+        query_layout: of the queries, where they were given whole and each rank has taken its part.
+        whole_key: whether all keys are on every rank.
+
+    Returns:
+        Two layouts; None for whole keys.
+
+    Raises:
+        CallRefused: where a part is as long as a whole sequence that was sharded.
+    """
+    if query_layout is None:
+        refuse_whole(cp, "query", query)
+    if not whole_key:
+        refuse_whole(cp, "key", key)
+    known_query = query_layout or cp.known_layout(query)
+    known_key = None if whole_key else cp.known_layout(key)
+    if known_query is None or (known_key is None and not whole_key):
+        said_query, said_key = agree_on_lengths(cp, query, key)
+        return query_layout or said_query, None if whole_key else said_key
+    return known_query, known_key
+
+
+def refuse_whole(cp: ContextParallel, side: str, length: int) -> None:
+    """Refuse what is rather a sequence that was sharded than a part of one."""
+    if cp.looks_whole(length):
+        msg = (
+            f"{side}: found {length} positions, as many as a whole sequence that was sharded; accepted: this rank's "
+            f"part, as cp.shard gives it, or parallel=cp.given_whole({side!r})"
+        )
+        raise CallRefused(msg)
+
+
 def agree_on_lengths(cp: ContextParallel, query: int, key: int) -> tuple[Layout, Layout]:
     """How the queries and the keys of a call lie, from the lengths of the parts on every rank."""
     heard = exchange(cp, {"stage": "lengths", "query": query, "key": key})
-    rows = [heard[start : start + cp.ulysses] for start in range(0, cp.size, cp.ulysses)]
-    query_layout, key_layout = (
-        Layout(tuple(tuple(one[side] for one in row) for row in rows), cp.order) for side in ("query", "key")
-    )
+    query_layout, key_layout = (cp.layout_on([one[side] for one in heard]) for side in ("query", "key"))
     return query_layout, key_layout
 
 

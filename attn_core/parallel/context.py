@@ -33,7 +33,9 @@ class Shared:
     Attributes:
         layouts: of the sequences that were sharded, or told of.
         latest: the last of them.
+        told: the same in words, which compiled code guards.
         calls: how many were begun; the same on every rank, so that a failure belongs to a call.
+        going: whether a call that was begun here is still read; what compiled code runs begins calls by itself.
         points: at how many points of the call that is going on the ranks have spoken.
         exchanges: how often the ranks have spoken to one another.
         spoken: the keys of the store under which this rank has done so, until all have read them.
@@ -42,11 +44,18 @@ class Shared:
 
     layouts: dict[Layout, None] = field(default_factory=dict)
     latest: Layout | None = None
+    told: str = ""
     calls: int = 0
+    going: bool = False
     points: int = 0
     exchanges: int = 0
     spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Begin a call, on every rank."""
+        self.calls += 1
+        self.points = 0
 
 
 class ContextParallel:
@@ -65,7 +74,9 @@ class ContextParallel:
         staged: which of "ring" and "ulysses" send no tensors of a GPU, but copies of them on the host.
         ring: how many places the ring has, 1 where the mesh has no such dimension.
         ulysses: the same of ulysses.
+        mode: which way: ring, ulysses or hybrid.
         whole: which of "query" and "key" are given whole on every rank, see ``given_whole``.
+        sides: the same, in order.
 
     Raises:
         CallRefused: when the mesh has neither dimension, or the order is unknown.
@@ -82,9 +93,13 @@ class ContextParallel:
         if order not in ORDERS:
             msg = f"ContextParallel: order: found {order!r}; accepted: {', '.join(ORDERS)}"
             raise CallRefused(msg)
+        from attn_core.parallel import tracing  # noqa: F401 - what makes a call part of compiled code, at hand before there is any
+
         self.mesh = mesh
         self.order = order
+        self.mode = "hybrid" if len(names) > 1 else names[0]
         self.whole: frozenset[str] = frozenset()
+        self.sides: tuple[str, ...] = ()
         self._groups = {name: mesh.get_group(name) for name in names}
         self._place = {name: mesh.get_local_rank(name) for name in names}
         self.ring = self._groups[RING].size() if RING in names else 1
@@ -119,9 +134,12 @@ class ContextParallel:
         return ring * self.ulysses + ulysses
 
     @property
-    def mode(self) -> str:
-        """Which way: ring, ulysses or hybrid."""
-        return "hybrid" if len(self._groups) > 1 else next(iter(self._groups))
+    def identity(self) -> tuple[str, tuple[str, ...], str, str]:
+        """What makes it what it is, in plain words that compiled code guards.
+
+        Its name, the sides that are given whole, the mode, and where graphs are made for lengths what it was told of these.
+        """
+        return self.name, self.sides, self.mode, "" if self.mode == RING else self.shared.told
 
     @property
     def alive(self) -> bool:
@@ -156,6 +174,7 @@ class ContextParallel:
             layout = self._given(tuple(lengths), total)
         self.shared.layouts[layout] = None
         self.shared.latest = layout
+        self.shared.told = f"{layout.flat}"
         return layout
 
     def _given(self, lengths: tuple[int, ...], total: int | None) -> Layout:
@@ -166,7 +185,11 @@ class ContextParallel:
         if not fits or (total is not None and sum(lengths) != total):
             msg = f"lengths: found {lengths}; accepted: {accepted}"
             raise CallRefused(msg)
-        rows = tuple(lengths[start : start + self.ulysses] for start in range(0, self.size, self.ulysses))
+        return self.layout_on(lengths)
+
+    def layout_on(self, lengths: Sequence[int]) -> Layout:
+        """How a sequence lies that has so many positions on each rank, in the order of the grid."""
+        rows = tuple(tuple(lengths[start : start + self.ulysses]) for start in range(0, self.size, self.ulysses))
         return Layout(rows, self.order)
 
     def known_layout(self, local: int) -> Layout | None:
@@ -203,6 +226,7 @@ class ContextParallel:
         other = object.__new__(ContextParallel)
         other.__dict__.update(self.__dict__)
         other.whole = self.whole | {side}
+        other.sides = tuple(sorted(other.whole))
         return other
 
     # --- tensors ------------------------------------------------------------------------------------------------------

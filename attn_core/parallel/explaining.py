@@ -187,5 +187,5 @@ def spreading(kind: Kind) -> Spreading:
     places = [(ring, ulysses) for ring in range(kind.ring) for ulysses in range(kind.ulysses)]
     sent = [max(sum(bytes_sent(kind, *place, backward=late).values()) for place in places) for late in (False, True)]
     return Spreading(
-        kind.mode, kind.ring, kind.ulysses, kind.order, max(kind.query, default=0), busiest_share(kind), *sent
+        kind.mode, kind.ring, kind.ulysses, kind.order, max(kind.query or (), default=0), busiest_share(kind), *sent
     )

@@ -8,11 +8,11 @@ import torch
 
 from attn_core.parallel.communication import all_gather
 from attn_core.parallel.faults import blamed
-from attn_core.parallel.layout import Layout, Segment
+from attn_core.parallel.layout import Segment
 
 if TYPE_CHECKING:
     from attn_core.parallel.context import ContextParallel
-    from attn_core.parallel.layout import Segments
+    from attn_core.parallel.layout import Layout, Segments
 
 
 def taken(tensor: torch.Tensor, dim: int, segments: Segments) -> torch.Tensor:
@@ -23,7 +23,7 @@ def taken(tensor: torch.Tensor, dim: int, segments: Segments) -> torch.Tensor:
 
 def gathered(cp: ContextParallel, tensor: torch.Tensor, dim: int, layout: Layout) -> torch.Tensor:
     """The whole, in the order of the sequence; its gradient here is this rank's part of the gradient of the whole."""
-    found: torch.Tensor = _gather(tensor, dim % tensor.ndim, cp.name, [size for row in layout.lengths for size in row])
+    found: torch.Tensor = gather(tensor, dim % tensor.ndim, cp.name, [size for row in layout.lengths for size in row])
     return found
 
 
@@ -56,24 +56,19 @@ def all_parts(cp: ContextParallel, tensor: torch.Tensor, dim: int, lengths: list
 
 
 @torch.library.custom_op("attn_core::unshard", mutates_args=())
-def _gather(tensor: torch.Tensor, dim: int, name: str, lengths: list[int]) -> torch.Tensor:
+def gather(tensor: torch.Tensor, dim: int, name: str, lengths: list[int]) -> torch.Tensor:
+    """The whole, from parts of these lengths on the ranks of the grid of this name."""
     from attn_core.parallel.context import context
 
     cp = context(name)
-    layout = _layout(cp, lengths)
-    return ordered(all_parts(cp, tensor, dim, lengths), dim, layout)
+    return ordered(all_parts(cp, tensor, dim, lengths), dim, cp.layout_on(lengths))
 
 
-@_gather.register_fake
+@gather.register_fake
 def _(tensor: torch.Tensor, dim: int, name: str, lengths: list[int]) -> torch.Tensor:  # noqa: ARG001
     shape = list(tensor.shape)
     shape[dim] = sum(lengths)
     return tensor.new_empty(shape)
-
-
-def _layout(cp: ContextParallel, lengths: list[int]) -> Layout:
-    rows = tuple(tuple(lengths[start : start + cp.ulysses]) for start in range(0, cp.size, cp.ulysses))
-    return Layout(rows, cp.order)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
@@ -85,7 +80,7 @@ def _own_part(ctx: Any, grad: torch.Tensor) -> Any:
 
     dim, name, lengths = ctx.call
     cp = context(name)
-    return taken(grad, dim, _layout(cp, lengths).segments(*cp.place)), None, None, None
+    return taken(grad, dim, cp.layout_on(lengths).segments(*cp.place)), None, None, None
 
 
-_gather.register_autograd(_own_part, setup_context=_keep)
+gather.register_autograd(_own_part, setup_context=_keep)

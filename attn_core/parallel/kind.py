@@ -18,6 +18,13 @@ READ_LATER = "read"
 """Of ``documents``: the offsets are tensors of compiled code, and read when it runs."""
 
 
+OPERATORS = 1
+"""Which form of the operators a text is for, to be raised with each change of their signatures or gradients.
+
+torch keeps what it compiled on disk and knows a graph by its text, not by what its operators mean.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """A kind of call, without tensors; every field is the same on every rank.
@@ -28,15 +35,17 @@ class Kind:
         ring: how many places the ring has.
         ulysses: how many places share the heads.
         order: of the sequence in the ring.
-        query: the length of the queries on each rank, in the order of the grid.
+        query: the length of the queries on each rank, in the order of the grid; None in compiled code for any length, which
+            reads it when it runs.
         key: the same of the keys; empty where keys are whole.
-        keys: the length of the whole keys.
+        keys: the length of the whole keys; None where ``key`` is.
         choice: the backends that the call allows, in order.
         device: the type of device.
         mask: kind of the mask, as ``Facts`` has it.
         mask_once: which of (B, Hq, Sq, Skv) a dense mask gives once for all.
         documents: lengths of the packed sequences, of queries and of keys; None where there are none, or ``READ_LATER``.
         gradient: whether a gradient may be asked for.
+        operators: ``OPERATORS``.
     """
 
     context: str
@@ -44,14 +53,14 @@ class Kind:
     ring: int
     ulysses: int
     order: str
-    query: tuple[int, ...]
-    key: tuple[int, ...]
-    keys: int
+    query: tuple[int, ...] | None
+    key: tuple[int, ...] | None
+    keys: int | None
     choice: tuple[str, ...]
     chosen_by: str
     device: str
     dtype: str
-    batch: int
+    batch: int | None
     heads: int
     key_heads: int
     head_dim: int
@@ -67,6 +76,7 @@ class Kind:
     mask_dtype: str | None = None
     mask_once: tuple[bool, ...] | None = None
     documents: tuple[tuple[int, ...], tuple[int, ...]] | str | None = None
+    operators: int = OPERATORS
 
     @property
     def text(self) -> str:
@@ -81,7 +91,7 @@ class Kind:
     @property
     def query_layout(self) -> Layout:
         """How the queries lie."""
-        return self._layout(self.query)
+        return self._layout(self.query or ())
 
     @property
     def key_layout(self) -> Layout | None:
@@ -91,12 +101,14 @@ class Kind:
     @property
     def sight(self) -> Sight:
         """What hides keys by position."""
-        whole = Document(Segment(0, sum(self.query)), Segment(0, self.keys))
+        whole = Document(Segment(0, sum(self.query or ())), Segment(0, self.keys or 0))
         documents = (whole,) if self.documents is None else _documents(self.documents)
         return Sight(self.causal, self.window_size, documents)
 
     def _layout(self, lengths: tuple[int, ...]) -> Layout:
-        rows = tuple(lengths[start : start + self.ulysses] for start in range(0, len(lengths), self.ulysses))
+        rows = tuple(
+            lengths[start : start + self.ulysses] for start in range(0, self.ring * self.ulysses, self.ulysses)
+        )
         return Layout(rows, self.order)
 
     def described(self) -> dict[str, Any]:

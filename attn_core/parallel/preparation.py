@@ -153,7 +153,7 @@ def key_pieces(kind: Kind) -> tuple[Segments, ...]:
     layout = kind.key_layout
     if layout is not None:
         return layout.pieces
-    return ((Segment(0, kind.keys),),) * kind.ring
+    return ((Segment(0, kind.keys or 0),),) * kind.ring
 
 
 def facts_of(kind: Kind, device: dict[str, Any] | None = None) -> Iterator[Facts]:
@@ -188,7 +188,7 @@ def facts_of(kind: Kind, device: dict[str, Any] | None = None) -> Iterator[Facts
 
 
 def _whole_call(kind: Kind) -> list[tuple[str, bool, tuple[int, int] | None]]:
-    return [(lengths_relation(sum(kind.query), kind.keys), kind.causal, kind.window_size)]
+    return [(lengths_relation(sum(kind.query or ()), kind.keys or 0), kind.causal, kind.window_size)]
 
 
 def _calls(kind: Kind) -> list[tuple[str, bool, tuple[int, int] | None]]:

@@ -6,17 +6,17 @@ Two operators, so that compiled code holds them unopened: they take the kind of 
 from __future__ import annotations
 
 from collections.abc import Sequence  # noqa: TC003 - read from the operators' annotations
-from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from attn_core.parallel.agreement import agreed
+from attn_core.parallel.agreement import agreed, begun
 from attn_core.parallel.communication import Transfer
+from attn_core.parallel.completion import completed, how_many_lengths, lengths_of
 from attn_core.parallel.faults import told
-from attn_core.parallel.kind import READ_LATER, parsed
+from attn_core.parallel.kind import parsed
 from attn_core.parallel.merge import NOTHING, merge_, wide
 from attn_core.parallel.part import options_of
 
@@ -189,13 +189,16 @@ class Partial:
 
 
 @torch.library.custom_op("attn_core::ring", mutates_args=())
-def ring(
+def _ring(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Sequence[torch.Tensor], kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to the keys of all ranks; the result and the log-sum-exp of this rank's queries."""
-    prepared = agreed(_read(kind, mask))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = parsed(kind)
+    if found.mode == "ring":
+        begun(found.cp)
+    prepared = agreed(completed(kind, query, key, mask))
     with told(prepared.kind.cp), torch.no_grad():
-        return _forward(prepared, query, key, value, _dense(prepared, mask))
+        out, lse = _forward(prepared, query, key, value, _dense(prepared, mask, query))
+        return out, lse, torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
 
 
 def _forward(
@@ -210,20 +213,40 @@ def _forward(
             found = prepared.adapter.forward(*rows(piece.queries), *columns(piece.keys), **options, **hidden)
             partial.add(piece, *found)
     out, lse = partial.finished()
-    return out.to(query.dtype), lse
+    return out.to(query.dtype).contiguous(), lse.contiguous()  # as compiled code has been told
 
 
-@ring.register_fake
+@_ring.register_fake
 def _(
     query: torch.Tensor,
     key: torch.Tensor,  # noqa: ARG001
     value: torch.Tensor,
     mask: Sequence[torch.Tensor],  # noqa: ARG001
-    kind: str,  # noqa: ARG001
-) -> tuple[torch.Tensor, torch.Tensor]:
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[3])
-    return out, query.new_empty(batch, heads, length, dtype=wide(query.dtype))
+    lengths = torch.empty(how_many_lengths(parsed(kind)), dtype=torch.int64, device="cpu")
+    return out, query.new_empty(batch, heads, length, dtype=wide(query.dtype)), lengths
+
+
+def ring(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Sequence[torch.Tensor], kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to the keys of all ranks.
+
+    Args:
+        query: this rank's.
+        key: this rank's, or all.
+        value: the same.
+        mask: what the mask is made of.
+        kind: of call, as text.
+
+    Returns:
+        The result and the log-sum-exp of this rank's queries.
+    """
+    out, lse, _ = _ring(query, key, value, list(mask), kind)  # the lengths are for the backward of compiled code
+    return out, lse
 
 
 # --- backward -----------------------------------------------------------------------------------------------------------
@@ -288,13 +311,14 @@ def ring_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    lengths: torch.Tensor,
     mask: Sequence[torch.Tensor],
     kind: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of this rank's queries, keys and values."""
-    prepared = agreed(_read(kind, mask))
+    prepared = agreed(completed(kind, query, key, mask, lengths.tolist()))
     with told(prepared.kind.cp), torch.no_grad():
-        return _backward(prepared, (grad_out, query, out, lse), key, value, _dense(prepared, mask))
+        return _backward(prepared, (grad_out, query, out, lse), key, value, _dense(prepared, mask, query))
 
 
 def _backward(
@@ -337,6 +361,7 @@ def _(
     value: torch.Tensor,
     out: torch.Tensor,  # noqa: ARG001
     lse: torch.Tensor,  # noqa: ARG001
+    lengths: torch.Tensor,  # noqa: ARG001
     mask: Sequence[torch.Tensor],  # noqa: ARG001
     kind: str,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -344,33 +369,28 @@ def _(
     return first, second, third
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     query, key, value, mask, kind = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, out, lse, *mask)
+    ctx.save_for_backward(query, key, value, *output, *mask)
     ctx.kind = kind
 
 
-def _gradients(ctx: Any, grad_out: torch.Tensor, _: torch.Tensor) -> Any:
-    query, key, value, out, lse, *mask = ctx.saved_tensors
-    return (*ring_backward(grad_out, query, key, value, out, lse, mask, ctx.kind), [None] * len(mask), None)
+def _gradients(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor) -> Any:
+    query, key, value, out, lse, lengths, *mask = ctx.saved_tensors
+    return (*ring_backward(grad_out, query, key, value, out, lse, lengths, mask, ctx.kind), [None] * len(mask), None)
 
 
-ring.register_autograd(_gradients, setup_context=_setup)
+_ring.register_autograd(_gradients, setup_context=_setup)
 
 
 # --- masks --------------------------------------------------------------------------------------------------------------
 
 
-def _read(kind: str, mask: Sequence[torch.Tensor]) -> str:
-    """The kind, with the lengths of packed sequences that could not be read while they were traced."""
-    found = parsed(kind)
-    if found.documents != READ_LATER:
-        return kind
-    documents: Any = tuple(tuple(offsets.diff().tolist()) for offsets in mask)
-    return replace(found, documents=documents).text
-
-
-def _dense(prepared: Prepared, mask: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def _dense(prepared: Prepared, mask: Sequence[torch.Tensor], query: torch.Tensor) -> torch.Tensor | None:
     """The mask that pieces get their part of; packed sequences are in the pieces themselves."""
-    return mask[0] if mask and prepared.kind.mask != "packed" else None
+    kind = prepared.kind
+    if not mask or kind.mask == "packed":
+        return None
+    if kind.mask_once is not None and not kind.mask_once[2]:
+        return mask[0].expand(-1, -1, query.shape[1], -1)
+    return mask[0]

@@ -74,7 +74,7 @@ def _round_the_ring(kind: Kind, ring: int, ulysses: int, backward: bool) -> Coun
         key_heads = shares(kind.heads, kind.key_heads, kind.ulysses)[ulysses].keys.length
     layout = kind.key_layout
     assert layout is not None  # noqa: S101 - the caller has looked
-    row = kind.batch * key_heads * (kind.head_dim + kind.value_head_dim)
+    row = (kind.batch or 0) * key_heads * (kind.head_dim + kind.value_head_dim)
     found: Counter[str] = Counter()
     for step in range(max(course.last) + 1):
         source = (ring - step) % kind.ring
@@ -105,13 +105,13 @@ def _over_heads(kind: Kind, ring: int, ulysses: int, backward: bool) -> Counter[
         else:
             elements += away_query * kind.head_dim + away_key * both + home_query * kind.value_head_dim
             narrow += home_query * kind.return_lse
-    found = Counter({"heads": kind.batch * (elements * dtype.itemsize + narrow * wide(dtype).itemsize)})
+    found = Counter({"heads": (kind.batch or 0) * (elements * dtype.itemsize + narrow * wide(dtype).itemsize)})
     once = kind.mask_once
     if once is not None and not once[2] and not backward:
         batch, heads, keys_of_mask = (
-            1 if once[0] else kind.batch,
+            1 if once[0] else kind.batch or 0,
             1 if once[1] else kind.heads,
-            1 if once[3] else kind.keys,
+            1 if once[3] else kind.keys or 0,
         )
         size = getattr(torch, kind.mask_dtype or "bool").itemsize
         found["masks"] = (kind.ulysses - 1) * max(queries) * batch * heads * keys_of_mask * size

@@ -3,54 +3,129 @@
 from __future__ import annotations
 
 from collections.abc import Sequence  # noqa: TC003 - read from the operators' annotations
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from attn_core.parallel import communication
-from attn_core.parallel.agreement import agreed
+from attn_core.parallel.agreement import agreed, begun
+from attn_core.parallel.completion import with_batch
 from attn_core.parallel.faults import blamed, told
 from attn_core.parallel.heads import Spread, by_heads, by_positions, shares
 from attn_core.parallel.kind import parsed
+from attn_core.parallel.merge import wide
 
 if TYPE_CHECKING:
-    from attn_core.parallel.kind import Kind
+    from collections.abc import Callable
 
 
-def spreads(kind: Kind) -> dict[str, Spread]:
-    """How queries, keys and the result lie before and after the exchange on this rank's ulysses group."""
+class Exchange(NamedTuple):
+    """How a call over heads is exchanged on this rank, in numbers.
+
+    Attributes:
+        text: the kind of call.
+        return_lse: whether the lse is asked for.
+        ring: whether a ring lies outside.
+        query: ``Spread.numbers`` of the queries and of the result.
+        key: the same of keys and values; None where they are whole.
+        heads: the query heads that this rank computes.
+        key_heads: the key heads for these.
+        rows: the lengths of the queries of this ulysses group, where the rows of a mask have to be gathered.
+    """
+
+    text: str
+    return_lse: bool
+    ring: bool
+    query: tuple[int, ...]
+    key: tuple[int, ...] | None
+    heads: tuple[int, int]
+    key_heads: tuple[int, int]
+    rows: tuple[int, ...] | None
+
+
+@lru_cache(maxsize=256)
+def exchange_of(text: str) -> Exchange:
+    """Plan the exchange for a kind of call."""
+    kind = parsed(text)
     cp = kind.cp
-    ring = cp.place[0]
+    ring, place = cp.place
     places = shares(kind.heads, kind.key_heads, cp.ulysses)
     query = Spread(kind.query_layout.lengths[ring], tuple(share.queries for share in places), kind.heads)
-    if kind.key_layout is None:
-        return {"query": query}
-    key = Spread(kind.key_layout.lengths[ring], tuple(share.keys for share in places), kind.key_heads)
-    return {"query": query, "key": key}
+    key_layout = kind.key_layout
+    key = None
+    if key_layout is not None:
+        key = Spread(key_layout.lengths[ring], tuple(share.keys for share in places), kind.key_heads)
+    return Exchange(
+        text,
+        kind.return_lse,
+        kind.mode == "hybrid",
+        tuple(query.numbers()),
+        None if key is None else tuple(key.numbers()),
+        (places[place].queries.start, places[place].queries.stop),
+        (places[place].keys.start, places[place].keys.stop),
+        query.lengths if kind.mask_once is not None and not kind.mask_once[2] else None,
+    )
 
 
-def to_heads(tensors: Sequence[torch.Tensor], spread: Sequence[Spread], kind: str) -> list[torch.Tensor]:
-    """All positions of this place's heads, in one exchange for all tensors."""
-    found: list[torch.Tensor] = _to_heads(list(tensors), [n for one in spread for n in one.numbers()], kind)
-    return found
+def over_heads(
+    how: Exchange,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and the lse, from all positions of this place's heads.
+
+    Args:
+        how: the exchange.
+        query: this rank's part.
+        key: this rank's part, or the whole.
+        value: the same.
+        mask: of the whole sequence; a dense one with this rank's rows.
+        attend: computes query, key, value and mask of these heads.
+    """
+    rows = list(how.query)
+    if how.key is not None:
+        query, key, value = _to_heads([query, key, value], [*rows, *how.key, *how.key], how.text)
+    else:
+        query = _to_heads([query], rows, how.text)[0]
+        heads = slice(*how.key_heads)
+        key, value = key[:, :, heads], value[:, :, heads]
+    if isinstance(mask, torch.Tensor):
+        if how.rows is not None:
+            mask = all_rows(mask, list(how.rows), how.text)
+        mask = mask[:, slice(*how.heads)] if mask.shape[1] > 1 else mask
+    if how.heads[0] == how.heads[1]:
+        out, lse = _no_heads(query, key, value)
+    else:
+        out, lse = attend(query, key, value, mask)
+    out = _to_positions([out], rows, how.text)[0]
+    if not how.return_lse:
+        return out, lse
+    lse = _to_positions([lse.detach().transpose(1, 2)[..., None]], rows, how.text)[0]
+    return out, lse[..., 0].transpose(1, 2).contiguous()
 
 
-def to_positions(tensors: Sequence[torch.Tensor], spread: Sequence[Spread], kind: str) -> list[torch.Tensor]:
-    """Bring this rank's positions of all heads back."""
-    found: list[torch.Tensor] = _to_positions(list(tensors), [n for one in spread for n in one.numbers()], kind)
-    return found
+def _no_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result of a place without heads: nothing, but joined to the graph, since the backward is an exchange of all."""
+    batch, length = query.shape[:2]
+    out = query.new_zeros(batch, length, 0, value.shape[3]) + (query.sum() + key.sum() + value.sum())
+    return out, query.new_zeros(batch, 0, length, dtype=wide(query.dtype))
 
 
 @torch.library.custom_op("attn_core::to_heads", mutates_args=())
 def _to_heads(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: str) -> list[torch.Tensor]:
-    cp = agreed(kind).kind.cp
+    begun(parsed(kind).cp)
+    cp = agreed(with_batch(kind, tensors[0])).kind.cp
     with told(cp), torch.no_grad():
         return by_heads(cp, tensors, Spread.flat(spread, cp.ulysses))
 
 
 @torch.library.custom_op("attn_core::to_positions", mutates_args=())
 def _to_positions(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: str) -> list[torch.Tensor]:
-    cp = agreed(kind).kind.cp
+    cp = agreed(with_batch(kind, tensors[0])).kind.cp
     with told(cp), torch.no_grad():
         return by_positions(cp, tensors, Spread.flat(spread, cp.ulysses))
 
@@ -88,7 +163,7 @@ _to_positions.register_autograd(
 @torch.library.custom_op("attn_core::all_rows", mutates_args=())
 def all_rows(mask: torch.Tensor, lengths: Sequence[int], kind: str) -> torch.Tensor:
     """The rows of a dense mask (B, H, s, Skv) of all places of the ulysses group, one after another."""
-    cp = agreed(kind).kind.cp
+    cp = parsed(kind).cp
     with told(cp), torch.no_grad():
         group = cp.group("ulysses")
         rows = mask.transpose(0, 2).contiguous()
@@ -98,7 +173,9 @@ def all_rows(mask: torch.Tensor, lengths: Sequence[int], kind: str) -> torch.Ten
         with blamed(cp, "gathering the rows of a mask"):
             found = communication.all_gather(group, padded)
         parts = found.view(len(lengths), *padded.shape)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).transpose(0, 2).clone()
+        return (
+            torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).transpose(0, 2).contiguous()
+        )
 
 
 @all_rows.register_fake

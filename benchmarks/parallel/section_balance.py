@@ -84,7 +84,9 @@ def timed(options, tensors, how, device):
     def both():
         torch.autograd.grad(attention(*leaves, causal=True, **how), leaves, grad)
 
-    return milliseconds({"forward": forward, "both": both}, rounds=options.rounds, calls=3 if device == "cuda" else 1)
+    return milliseconds(
+        {"forward": forward, "both": both}, rounds=options.rounds, calls=3 if device == "cuda" else 1, queued=True
+    )
 
 
 def drawn(options, length, device):

@@ -1,0 +1,102 @@
+"""What the ranks of the pool do in compiled code."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from parallel_work import Case, context, errors, inputs
+
+from attn_core import attention
+from attn_core.parallel import communication, use_parallel
+
+
+def compiled(cases, backend, dynamic, graphs):
+    """The largest differences of compiled calls from the reference; the first so many of them may make a graph."""
+    torch._dynamo.reset()
+    attend = torch.compile(attention, fullgraph=True, backend=backend, dynamic=dynamic)
+    found = []
+    for number, case in enumerate(cases):
+        with torch._dynamo.config.patch(error_on_recompile=number >= graphs):
+            found.append(errors(case, attend))
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                again = errors(case, attend)
+        assert found[-1] == again
+    return found
+
+
+def followed(shape):
+    """What one compiled function computes as scopes open and close around it: differences, one after another."""
+    torch._dynamo.reset()
+    from attn_core.testing import reference
+
+    q, k, v, *_ = inputs(Case(shape=shape, queries=20))
+    calls = []
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(q, k, v):
+        return attention(q, k, v, causal=True, backend="native_math")
+
+    zigzag, contiguous = context(shape), context(shape, "contiguous")
+    for _ in range(2):
+        for cp in (None, zigzag, contiguous, None, zigzag):
+            parts = [x if cp is None else cp.shard(x) for x in (q, k, v)]
+            wanted = reference(q, k, v, causal=True)[0]
+            with use_parallel(cp):
+                found = attend(*parts)
+            calls.append((found - (wanted if cp is None else cp.shard(wanted))).abs().max().item())
+        with use_parallel(zigzag), use_parallel(None):
+            calls.append((attend(q, k, v) - wanted).abs().max().item())
+    return calls
+
+
+def refused(case, **wrong):
+    """What compiled code raises on this rank, and how many bytes it has sent before; twice."""
+    torch._dynamo.reset()
+    cp = context(case.shape, case.order)
+    q, k, v, *_ = inputs(case)
+    q, k, v = (cp.shard(x).requires_grad_() for x in (q, k, v))
+    cp.shared.kinds.clear()
+    communication.sent.clear()
+    attend = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    found = []
+    for _ in range(2):
+        try:
+            attend(q, k, v, parallel=cp, **{"backend": case.backend, **dict(case.options), **wrong})
+        except Exception as error:  # noqa: BLE001 - it is what the test asks for
+            found.append((type(error).__name__, str(error), sum(communication.sent.values())))
+        else:
+            found.append((None, "", sum(communication.sent.values())))
+    return found
+
+
+def mixed(case):
+    """The largest differences where one rank runs compiled code and the others do not, and then another."""
+    torch._dynamo.reset()
+    attend = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    return [errors(case, attend if dist.get_rank() == rank else attention) for rank in (1, 0, 1)]
+
+
+def checked(case):
+    """``torch.library.opcheck`` of each operator, as a call of this kind makes it."""
+    cp = context(case.shape, case.order)
+    q, k, v, g, _ = (cp.shard(x) if isinstance(x, torch.Tensor) else x for x in inputs(case))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    made = []
+
+    class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.namespace == "attn_core":
+                made.append((operator, args))
+            return operator(*args, **(kwargs or {}))
+
+    with Recorded():
+        attention(q, k, v, backend=case.backend, parallel=cp, **dict(case.options)).backward(g)
+    for operator, args in made:
+        arguments = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()), args
+        )
+        tests: tuple[str, ...] = ("test_schema", "test_faketensor")
+        if operator is not torch.ops.attn_core.ring_backward.default:
+            tests += ("test_autograd_registration", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+    return sorted({operator.name() for operator, _ in made})

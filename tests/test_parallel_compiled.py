@@ -1,0 +1,104 @@
+"""Context parallel in code under torch.compile, on the ranks of a pool of processes, against the reference on one."""
+
+from __future__ import annotations
+
+import pytest
+from parallel_work import Case
+
+EXACT = 1e-10
+CAUSAL = (("causal", True),)
+
+
+def agrees(ranks, cases, backend="aot_eager", dynamic=False, graphs=1, tolerance=EXACT):
+    shape = cases[0].shape
+    found = ranks.run("parallel_compiled.compiled", cases, backend, dynamic, graphs, on=shape[0] * shape[1])
+    for case, differences in zip(cases, found[0], strict=True):
+        assert max(differences.values()) <= tolerance, f"{case}: {differences}"
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("mask", ["none", "key_padding", "packed", "bool"])
+def test_is_what_one_device_computes(ranks, shape, mask):
+    agrees(ranks, [Case(shape=shape, queries=17, mask=mask, options=CAUSAL)])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shape=(3, 1), queries=19, keys=23, mask="float", options=(("softcap", 1.5), ("window_size", (3, 2)))),
+        Case(shape=(1, 3), queries=19, keys=7, heads=(6, 1), mask="bool", options=(("scale", -0.7),)),
+        Case(shape=(1, 4), queries=17, heads=(3, 3), options=CAUSAL),
+        Case(shape=(2, 1), queries=17, whole="query", mask="bool", options=CAUSAL),
+        Case(shape=(2, 1), queries=9, keys=17, whole="key", mask="key_padding", options=CAUSAL),
+        Case(shape=(2, 2), queries=17, whole="key", options=CAUSAL),
+        Case(shape=(2, 2), queries=17, whole="query", options=CAUSAL),
+        Case(shape=(3, 1), queries=14, lengths=(1, 9, 4), mask="bool_rows", options=CAUSAL),
+        Case(shape=(1, 3), queries=9, lengths=(6, 0, 3), options=CAUSAL),
+        Case(shape=(2, 1), batch=0),
+    ],
+    ids=str,
+)
+def test_is_what_one_device_computes_in_rarer_cases(ranks, case):
+    agrees(ranks, [case])
+
+
+def test_a_ring_is_compiled_once_for_all_lengths(ranks):
+    cases = [Case(shape=(2, 1), queries=n, options=CAUSAL) for n in (18, 26, 33, 51, 18)]
+    agrees(ranks, cases, dynamic=True)
+    cases = [
+        Case(shape=(2, 1), queries=n, keys=n + 7, mask="key_padding", batch=b) for n, b in ((18, 3), (26, 5), (33, 6))
+    ]
+    agrees(ranks, cases, dynamic=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
+def test_an_exchange_of_heads_is_compiled_for_each_length(ranks, shape):
+    agrees(ranks, [Case(shape=shape, queries=n, options=CAUSAL) for n in (52, 60)], dynamic=True, graphs=2)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_inductor_compiles_it_too(ranks, shape):
+    case = Case(shape=shape, queries=17, dtype="float32", backend="native_flash", options=CAUSAL)
+    agrees(ranks, [case], backend="inductor", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+def test_compiled_code_follows_the_scope_around_it(ranks, shape):
+    for calls in ranks.run("parallel_compiled.followed", shape, on=shape[0] * shape[1]):
+        assert max(calls) <= EXACT, calls
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((("dropout_p", 0.5),), "dropout_p: not supported in context parallel"),
+        ((("backend", "native_flash"), ("softcap", 2.0)), "softcap: not supported"),
+        ((("backend", "nobody"),), "nobody"),
+    ],
+)
+def test_refuses_on_every_rank_before_anything_is_sent(ranks, shape, options, said):
+    for answers in ranks.run("parallel_compiled.refused", Case(shape=shape, options=options), on=shape[0] * shape[1]):
+        for kind, message, sent in answers:
+            assert kind is not None
+            assert said in message
+            assert sent == 0
+    agrees(ranks, [Case(shape=shape, queries=17)])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_compiled_ranks_and_others_make_one_call(ranks, shape):
+    for found in ranks.run("parallel_compiled.mixed", Case(shape=shape, queries=81, options=CAUSAL), on=2)[0]:
+        assert max(found.values()) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ((2, 1), ["attn_core::ring", "attn_core::ring_backward"]),
+        ((2, 2), ["attn_core::ring", "attn_core::ring_backward", "attn_core::to_heads", "attn_core::to_positions"]),
+    ],
+)
+def test_operators_are_as_torch_wants_them(ranks, shape, names):
+    for found in ranks.run("parallel_compiled.checked", Case(shape=shape, queries=17), on=shape[0] * shape[1]):
+        assert found == names

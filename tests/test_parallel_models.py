@@ -1,0 +1,68 @@
+"""Models of transformers spread over the ranks of a pool of processes, against one rank."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="the transformers integration needs transformers")
+
+SHAPES = [(4, 1), (1, 4), (2, 2)]
+EXACT = 1e-9
+
+
+def agrees(ranks, *arguments):
+    shape = arguments[1]
+    for found in ranks.run("parallel_models.forward", *arguments, on=shape[0] * shape[1]):
+        assert found[0] <= EXACT, found
+        assert found[1] <= (1e-5 if arguments[0] == "gemma2" else EXACT), found  # its norms are computed in float32
+
+
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_llama_trains_on_ranks_as_on_one(ranks, shape, order):
+    for losses, difference in ranks.run("parallel_models.trained", shape, order, 4, on=4):
+        for found, wanted in losses:
+            assert found == pytest.approx(wanted, rel=1e-5)  # transformers computes losses in float32
+        assert difference <= EXACT
+
+
+@pytest.mark.parametrize("padded", [None, "left", "right", "both", "dense"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "bert"])
+def test_a_model_gives_what_it_gives_on_one_rank(ranks, kind, padded):
+    for shape, order in (((2, 2), "zigzag"), ((4, 1), "contiguous")):
+        agrees(ranks, kind, shape, order, padded, None)
+
+
+def test_a_layer_is_recomputed_with_the_ranks_of_its_forward(ranks):
+    for shape in SHAPES:
+        agrees(ranks, "qwen2", shape, "zigzag", "left", None, True)
+
+
+@pytest.mark.parametrize("starts", [(9, 13), (1, 5, 0, 16), (6, 7, 4, 5)])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_documents_told_by_positions_stay_apart(ranks, kind, starts):
+    for shape in ((2, 2), (4, 1)):
+        agrees(ranks, kind, shape, "zigzag", None, starts)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a document each", "as the model counts the tokens"),
+        ("no positions", "as the model counts the tokens"),
+        ("packed batch", "in a batch of 2"),
+        ("packed in a cache", "use_cache=False"),
+        ("whole padding", "sharded as input_ids are"),
+        ("local mask", "the columns of all keys"),
+        ("padding and documents", "padding together with sequences"),
+        ("static cache", "past_key_values"),
+        ("generate", ""),
+        ("different batches", "1 on rank 0, 2 on rank 1"),
+    ],
+)
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+def test_refuses_on_every_rank_what_is_no_forward_of_a_whole_sequence(ranks, how, said, order):
+    for kind, message in ranks.run("parallel_models.refused", "llama", (2, 1), order, how, on=2):
+        assert kind in ("CallRefused", "RanksDisagree"), message
+        assert said in message
+    agrees(ranks, "llama", (2, 1), order, None, None)
