@@ -10,6 +10,7 @@ import torch
 from attn_core import registry, selection
 from attn_core.admission import refusals
 from attn_core.errors import AttnError, CallRefused
+from attn_core.parallel import scope
 from attn_core.reading import read
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def explain(
     """
     options = {
         "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
-        "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+        "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse,
+        "parallel": scope.in_force() if parallel is None else parallel,
     }  # fmt: skip
     try:
         facts = read(query, key, value, options).facts

@@ -87,6 +87,9 @@ class ContextParallel:
                 "'ulysses', or both, as init_device_mesh(..., mesh_dim_names=('ring', 'ulysses')) makes"
             )
             raise CallRefused(msg)
+        if mesh.get_coordinate() is None:
+            msg = f"ContextParallel: found a mesh without this rank, of {mesh.mesh.tolist()}; accepted: a rank of the mesh"
+            raise CallRefused(msg)
         if order not in ORDERS:
             msg = f"ContextParallel: order: found {order!r}; accepted: {', '.join(ORDERS)}"
             raise CallRefused(msg)
@@ -102,7 +105,7 @@ class ContextParallel:
         self.ring = self._groups[RING].size() if RING in names else 1
         self.ulysses = self._groups[ULYSSES].size() if ULYSSES in names else 1
         self.grid = _grid(mesh, names, self.ring, self.ulysses)
-        self.name = f"{order}:{self.grid}"
+        self.name = f"{self.mode}:{order}:{self.grid}"
         known = contexts.get(self.name)
         self.shared: Shared = Shared() if known is None or not known.alive else known.shared
         contexts[self.name] = self
