@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 
 import torch
 
-from attn_core import selection
+from attn_core import selection, warming
 from attn_core.admission import admit
 from attn_core.errors import BackendNotUsable, CallRefused
-from attn_core.masks import Description, KeyPadding, capturing
+from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.parallel import scope
 from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from attn_core.parallel.context import ContextParallel
     from attn_core.reading import Call
     from attn_core.selection import Choice
-
-log = logging.getLogger("attn_core")
 
 KINDS_REMEMBERED = 4096
 """How many kinds of call are remembered before the memory starts over."""
@@ -335,11 +332,14 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
     admitted, call = resolve(query, key, value, options, backend)
     brought = {name: option for name, option in call.options.items() if name in _BROUGHT}
     fixed = {name: option for name, option in call.options.items() if name not in _BROUGHT and name != "scale"}
-    run = runner(admitted.row.name, admitted.adapter, call, own_graph=admitted.own_graph)
+    compiled = _compiled_kind(admitted, call, query)
+    run = _runner(admitted, call, compiled)
     run = partial(run, **fixed) if brought else _with_fixed(run, fixed)
-    if admitted.spec.first_call_compiles and not call.empty:
-        _before_compiling(admitted.row.name, query)
+    if compiled is not None:
+        warming.before(compiled, warming.FORWARD, query)
     result = run(query, key, value, scale=call.options["scale"], **brought)
+    if compiled is not None:
+        warming.note(compiled, warming.FORWARD)
     check_result(admitted.row.name, result, query, value, call)
     if kind is not None:
         if len(_memory) >= KINDS_REMEMBERED:
@@ -350,19 +350,16 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
     return result
 
 
-def _before_compiling(name: str, query: torch.Tensor) -> None:
-    """Say that the first call of a kind may take long, and refuse it where compiling would become part of a CUDA graph.
+def _compiled_kind(admitted: Admitted, call: Call, query: torch.Tensor) -> warming.Kind | None:
+    """What the backend compiles for at the first such call, if it does."""
+    if not admitted.spec.first_call_compiles or call.empty:
+        return None
+    return warming.Kind(admitted.row.name, query.device, call.facts)
 
-    Raises:
-        CallRefused: a CUDA graph is being captured on the current stream.
-    """
-    if capturing(query):
-        msg = (
-            f"{name} refused the call: it compiles at the first call of a kind, which can't be done while a CUDA graph is "
-            "captured. Make one call of this kind (dtype, head dims, mask, options, gradients) before the capture"
-        )
-        raise CallRefused(msg)
-    log.info("%s compiles at the first call of a kind, which can take from seconds to minutes", name)
+
+def _runner(admitted: Admitted, call: Call, compiled: warming.Kind | None) -> Callable[..., Any]:
+    adapter = admitted.adapter if compiled is None else warming.watched(admitted.adapter, compiled)
+    return runner(admitted.row.name, adapter, call, own_graph=admitted.own_graph)
 
 
 def resolve(query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> tuple[Admitted, Call]:
@@ -390,6 +387,7 @@ def _with_fixed(run: Callable[..., Any], fixed: dict[str, Any]) -> Callable[...,
 def forget() -> None:
     """Forget every remembered kind of call, as when backends are discovered again."""
     _memory.clear()
+    warming.forget()
 
 
 class Plan(Protocol):
@@ -437,9 +435,11 @@ def plan(
 ) -> Plan:
     """Resolve a call once, for further tensors of the same kind.
 
-    The same arguments as ``attention``. Nothing is computed. The plan keeps the backend and the options, the mask
-    included, and checks nothing: that further tensors have the same dtype, device, heads, head dims, the same relation
-    of Sq to Skv, need for gradients and autocast is the caller's promise.
+    The same arguments as ``attention``. Nothing is computed, unless the backend compiles at the first call of a kind: then
+    that call is made here, with its backward where a gradient is needed, and the plan neither waits nor is refused while a
+    CUDA graph is captured. The plan keeps the backend and the options, the mask included, and checks nothing: that further
+    tensors have the same dtype, device, heads, head dims, the same relation of Sq to Skv, need for gradients and autocast
+    is the caller's promise.
 
     Returns:
         A function of (query, key, value), and of ``attn_mask=`` where the plan has a mask.
@@ -461,8 +461,12 @@ def plan(
         "parallel": scope.in_force() if parallel is None else parallel,
     }  # fmt: skip
     admitted, call = resolve(query, key, value, options, backend)
-    run = runner(admitted.row.name, admitted.adapter, call, own_graph=admitted.own_graph)
-    planned: Any = _planned(run, call.options)
+    compiled = _compiled_kind(admitted, call, query)
+    planned: Any = _planned(_runner(admitted, call, compiled), call.options)
+    if compiled is not None and not (call.facts.vmap or call.facts.forward_mode):
+        result = warming.warm_up(planned, compiled, query, key, value, call.options.get("attn_mask"))
+        if result is not None:
+            check_result(compiled.name, result, query, value, call)
     planned.backend, planned.facts = (
         admitted.row.name,
         call.facts,

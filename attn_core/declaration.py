@@ -539,7 +539,8 @@ class Approximate:
     """Computes the defined function up to an error that it declares.
 
     Attributes:
-        error: the relative error (Frobenius norm) that it is held to at every shape, between 0 and 1.
+        error: the relative error (root mean square) that it is held to at every shape, between 0 and 1: of the whole result,
+            and of each head of n rows with 1 + 3 / sqrt(n) times as much; the error of no single row is above 4 times as much.
         scores: up to which size of the scores it is: of ``|scale| |q| |k| / sqrt(D)`` for the longest query and key, about
             1.5 for numbers from randn at the usual scale. Beyond it the error grows in proportion, as that of quantised
             queries and keys does. None is any size.
@@ -601,7 +602,8 @@ class BackendSpec:
         context_parallel: a ``ContextParallelSupport``, or ``No(reason)``.
         numerics: ``Exact()`` or ``Approximate(error)``.
         compile: True when forward traces under ``torch.compile(fullgraph=True)``, else ``No(reason)``.
-        first_call_compiles: whether the first call of a kind compiles and so takes long.
+        first_call_compiles: whether the first call of a kind compiles and so takes long. It is said before, refused while a
+            CUDA graph is captured, and made ahead by ``plan``.
         unverified: why the backend was never run on the hardware that it is for; None where it was. Lists and tables say
             so.
     """
@@ -718,6 +720,18 @@ class BackendSpec:
     def alternatives(self) -> tuple[Constraints, ...]:
         """``constraints`` as a tuple, whatever form it was given in."""
         return self.constraints  # type: ignore[return-value]
+
+    def parallel_modes(self, *, backward: bool = False) -> tuple[str, ...]:
+        """The ways of context parallel that are declared; with ``backward`` those in which gradients may be asked for.
+
+        A ring's needs a backward that is a function of its own; with ulysses the graph of the call does.
+        """
+        support = self.context_parallel
+        modes = support.modes if isinstance(support, ContextParallelSupport) else ()
+        if not backward:
+            return modes
+        differentiable = any(not isinstance(item.backward, No) for item in self.alternatives)
+        return tuple(mode for mode in modes if differentiable and (mode == "ulysses" or self.backward is not None))
 
     def reasons(self, facts: Facts) -> list[str]:
         """Why a call with these facts is refused, from the alternative that comes closest; empty if one admits it."""

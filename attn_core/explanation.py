@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,14 @@ from attn_core.parallel import scope
 from attn_core.reading import read
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from attn_core.declaration import BackendSpec
     from attn_core.facts import Facts
     from attn_core.masks import Description
+    from attn_core.parallel import ContextParallel
+    from attn_core.parallel.explaining import Spreading
+    from attn_core.parallel.kind import Kind
     from attn_core.registry import Row
 
 
@@ -51,6 +56,7 @@ class Explanation:
         chosen_by: who chose: the call, a scope, the process, the environment or the default.
         error: the error that ``attention`` would raise, as text, or None.
         verdicts: one for each backend that is known.
+        parallel: how the call is spread over ranks and what that costs, or None where it is on one.
     """
 
     facts: Facts | None
@@ -59,6 +65,7 @@ class Explanation:
     chosen_by: str
     error: str | None
     verdicts: tuple[Verdict, ...]
+    parallel: Spreading | None = None
 
     def __str__(self) -> str:
         if self.refusal is not None:
@@ -66,6 +73,8 @@ class Explanation:
         here = [verdict for verdict in self.verdicts if verdict.status != registry.NOT_INSTALLED]
         width = max((len(verdict.name) for verdict in here), default=0)
         lines = [f"Call: {_shown(self.facts)}"] if self.facts is not None else []
+        if self.parallel is not None:
+            lines.append(f"Context parallel: {self.parallel}")
         outcome = f"Runs on: {self.chosen}" if self.chosen else "Refused"
         lines.append(f"{outcome} (chosen by {self.chosen_by})" + (f": {self.error}" if self.error else ""))
         for verdict in here:
@@ -100,7 +109,7 @@ def explain(
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str | Sequence[str] | None = None,
-    parallel: None = None,
+    parallel: ContextParallel | None = None,
 ) -> Explanation:
     """Say what ``attention`` would do with the same arguments, and what every backend says of the call.
 
@@ -116,9 +125,14 @@ def explain(
     options = {
         "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
         "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse,
-        "parallel": scope.in_force() if parallel is None else parallel,
     }  # fmt: skip
+    parallel = scope.in_force() if parallel is None else parallel
     try:
+        if parallel is not None:
+            from attn_core.parallel.explaining import kind_of_parts
+
+            call, kind = kind_of_parts(parallel, query, key, value, options)
+            return explain_facts(call.facts, backend, kind)
         facts = read(query, key, value, options).facts
     except CallRefused as error:
         return Explanation(None, str(error), None, "the call", str(error), ())
@@ -126,29 +140,63 @@ def explain(
 
 
 def explain_shapes(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], dtype: str, device: str, **options: Any
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    dtype: str,
+    device: str,
+    grid: tuple[int, int, str] | None = None,
+    *,
+    backward: bool = False,
+    **options: Any,
 ) -> Explanation:
-    """``explain`` for tensors that are only described, on a device that need not be here."""
+    """``explain`` for tensors that are only described, on a device that need not be here.
+
+    Args:
+        query: shape; of the whole sequence where it is spread.
+        key: the same.
+        value: the same.
+        dtype: by name.
+        device: by name.
+        grid: over how many ranks the sequence is spread: places of the ring, of ulysses, and the order.
+        backward: whether gradients are asked for.
+        options: of ``attention``.
+    """
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         msg = f"dtype: found {dtype!r}; accepted: a dtype of torch such as bfloat16, float16, float32"
         raise CallRefused(msg)
     backend = options.pop("backend", None)
-    first, second, third = (torch.empty(tuple(shape), dtype=kind, device="meta") for shape in (query, key, value))
+    first, second, third = (
+        torch.empty(tuple(shape), dtype=kind, device="meta", requires_grad=backward) for shape in (query, key, value)
+    )
     try:
-        facts = read(first, second, third, options).facts
+        call = read(first, second, third, options)
+        facts = replace(call.facts, **_device_facts(device))
+        kind = None
+        if grid is not None:
+            from attn_core.parallel.explaining import kind_of_whole
+
+            kind = kind_of_whole(replace(call, facts=facts), first, second, grid)
     except CallRefused as error:
         return Explanation(None, str(error), None, "the call", str(error), ())
-    return explain_facts(replace(facts, **_device_facts(device)), backend)
+    return explain_facts(facts, backend, kind)
 
 
-def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None) -> Explanation:
-    """``explain`` from the facts of a call."""
-    verdicts = tuple(_verdict(row, facts) for row in registry.known_rows())
+def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None, kind: Kind | None = None) -> Explanation:
+    """``explain`` from the facts of a call; ``kind`` says how it is spread, where it is."""
+    parallel, reasons_of = None, partial(_reasons, facts=facts)
+    if kind is not None:
+        from attn_core.parallel.explaining import spreading
+        from attn_core.parallel.preparation import reasons_against
+
+        device = {"platform": facts.platform, "compute_capability": facts.compute_capability}
+        parallel, reasons_of = spreading(kind), partial(reasons_against, kind=kind, device=device)
+    verdicts = tuple(_verdict(row, reasons_of) for row in registry.known_rows())
     try:
         choice = selection.in_force() if backend is None else selection.normalized(backend)
     except AttnError as error:
-        return Explanation(facts, None, None, "the call", str(error), verdicts)
+        return Explanation(facts, None, None, "the call", str(error), verdicts, parallel)
     chosen_by = "the call" if backend is not None else selection.origin()
     chosen, errors = None, []
     for name in selection.listed(choice):
@@ -157,18 +205,22 @@ def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None) -> E
         except AttnError as error:
             errors.append(str(error))
             continue
-        reasons = refusals(row.spec, facts)  # type: ignore[arg-type]
+        reasons = reasons_of(row.spec)  # type: ignore[arg-type]
         if not reasons:
             chosen = row.name
             break
         errors.append(f"{row.name}: {'; '.join(reasons)}")
-    return Explanation(facts, None, chosen, chosen_by, None if chosen else "\n".join(errors), verdicts)
+    return Explanation(facts, None, chosen, chosen_by, None if chosen else "\n".join(errors), verdicts, parallel)
 
 
-def _verdict(row: Row, facts: Facts) -> Verdict:
+def _reasons(spec: BackendSpec, facts: Facts) -> list[str]:
+    return refusals(spec, facts)
+
+
+def _verdict(row: Row, reasons_of: Callable[[BackendSpec], list[str]]) -> Verdict:
     reasons = [] if row.status == registry.AVAILABLE else [_status_reason(row)]
     if row.spec is not None:
-        reasons += refusals(row.spec, facts)
+        reasons += reasons_of(row.spec)
     return Verdict(row.name, row.status, not reasons, tuple(reasons), row.distribution)
 
 

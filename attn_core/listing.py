@@ -75,16 +75,18 @@ def as_data(row: Row) -> dict[str, Any]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    ways = (
-        row.spec.context_parallel.modes
-        if row.spec and isinstance(row.spec.context_parallel, ContextParallelSupport)
-        else ()
-    )
+    ways = parallel_modes(row.spec) if row.spec else []
     owner = " ".join(part for part in (row.distribution, row.version) if part)
     reason = ": ".join(part for part in (row.reason, row.next_step) if part)
     if row.spec and row.spec.unverified:
         reason = "; ".join(part for part in (reason, f"{UNVERIFIED} ({row.spec.unverified})") if part)
     return tuple(map(plain, (row.name, row.status, owner, ", ".join(ways) or "-", reason)))
+
+
+def parallel_modes(spec: BackendSpec) -> list[str]:
+    """The ways of context parallel, each with a note where no gradients may be asked for."""
+    differentiable = spec.parallel_modes(backward=True)
+    return [mode if mode in differentiable else f"{mode} (forward only)" for mode in spec.parallel_modes()]
 
 
 def _wrapped(text: str, width: int | None) -> list[str]:
@@ -112,6 +114,10 @@ def _spec(spec: BackendSpec) -> dict[str, Any]:
             "scores": getattr(spec.numerics, "scores", None),
         },
         "context_parallel": _plain(spec.context_parallel),
+        "context_parallel_modes": {
+            "forward": list(spec.parallel_modes()),
+            "backward": list(spec.parallel_modes(backward=True)),
+        },
         "constraints": [_plain(item) for item in spec.alternatives],
     }
 

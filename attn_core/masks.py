@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Prepared = TypeVar("Prepared")
 
+# Bound once: they are asked on the way of each call.
+_is_traced = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 
 class Description:
     """A mask as data, with what adapters prepared from it.
@@ -210,7 +214,7 @@ def traced(*tensors: torch.Tensor) -> bool:
 
     ``torch.compiler.is_compiling`` is true in every thread while one compiles, so it is not asked.
     """
-    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if _is_traced() or _dispatch_modes() > 0:
         return True
     for tensor in tensors:  # noqa: SIM110 - a generator costs half a microsecond on the way of a call
         if type(tensor) is not torch.Tensor:

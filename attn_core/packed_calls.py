@@ -127,8 +127,10 @@ def attend(
         options = options._replace(scale=scale)
     width = value.shape[3]
     if attn_mask is None:
-        out, lse = kernel.forward(*_shaped(kernel, query, key, value), None, options, return_lse=return_lse)
-        out = out if out.shape[3] == width else out[..., :width]
+        shaped = _shaped(kernel, query, key, value)
+        out, lse = kernel.forward(*shaped, None, options, return_lse=return_lse)
+        if shaped[2] is not value:
+            out = out[..., :width]
         return (out, lse) if return_lse else out
     form = _form(query, key, attn_mask, options)
     if form.hidden is not None:

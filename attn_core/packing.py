@@ -1,9 +1,12 @@
-"""Key padding for kernels that take no mask: the kept keys laid end to end, or the others hidden by further columns.
+"""Key padding for kernels that take no mask: the kept keys laid end to end or in front, or the others hidden by columns.
 
 ``pack`` prepares, once for a description, where each kept key goes and where each sequence starts. Every query stays, since
 each has a defined result, so that packing the queries is a reshape. Packed keys keep their order and lose their places: a
 diagonal (causal, a window) means the same as before only where all padding is on the left. Elsewhere ``hide`` adds columns
 to query and key that take the scores of padding below all others.
+
+A kernel that reads its keys in whole tiles, and so reads on into the sequence that is packed after the one it works on, gives
+the one what NaN the other has. ``front`` leaves each sequence its own keys, the kept ones first, then zeros.
 
 torch is imported here, as in all that adapters call.
 """
@@ -111,6 +114,58 @@ def pack(padding: KeyPadding, query_length: int) -> Packing:
     )
 
 
+class Front(NamedTuple):
+    """How the keys of each sequence of a padded batch are moved to its front.
+
+    Attributes:
+        keep: which keys are real, bool (B, Skv).
+        lengths: how many are, int32 (B,).
+        rows: for each place of the (B, L) moved keys its row among the B * Skv keys, int64 (B * L,). L is the largest length
+            where that could be read, and at least 1; else Skv.
+        places: for each of the B * Skv keys its place among the B * L, int64; where a key is hidden, any.
+        rest: which of the B * L places no key has: their numbers, int64, where lengths could be read, else bool (B * L,).
+    """
+
+    keep: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+    rest: torch.Tensor
+
+    def keys(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Move key or value: (B, Skv, H, D) to (B, L, H, D), zeros behind."""
+        moved = tensor.flatten(0, 1).index_select(0, self.rows)
+        if self.rest.dtype == torch.bool:
+            moved = moved.masked_fill(self.rest[:, None, None], 0.0)
+        elif self.rest.shape[0]:
+            moved.index_fill_(0, self.rest, 0.0)
+        dense: torch.Tensor = moved.unflatten(0, (self.keep.shape[0], -1))
+        return dense
+
+    def unpack_keys(self, grad: torch.Tensor) -> torch.Tensor:
+        """Put a gradient of moved keys back: (B, L, H, D) to (B, Skv, H, D), zeros where a key is hidden."""
+        rows: torch.Tensor = grad.flatten(0, 1).index_select(0, self.places).unflatten(0, self.keep.shape)
+        return rows.masked_fill(~self.keep[:, :, None, None], 0.0)
+
+
+def front(padding: KeyPadding) -> Front:
+    """Prepare how the keys that are kept are moved to the front of their sequence; once, and kept with the description.
+
+    Lengths are copied from the device the first time, where they can be, as by ``pack``.
+
+    Args:
+        padding: which keys are kept.
+
+    Example:
+        >>> import torch
+        >>> from attn_core import KeyPadding
+        >>> moved = front(KeyPadding(torch.tensor([[False, True, True], [True, False, False]])))
+        >>> moved.rows.tolist(), moved.lengths.tolist(), moved.rest.tolist()
+        ([1, 2, 3, 4], [2, 1], [3])
+    """
+    return padding.prepared("front", lambda: _front(padding.keep, readable=_readable(padding)))
+
+
 def keeps_diagonals(padding: KeyPadding) -> bool:
     """Whether causal and windows mean the same of packed keys: where all padding is known to be on the left.
 
@@ -199,6 +254,18 @@ def _pack(keep: torch.Tensor, query_length: int, *, readable: bool) -> Packing:
         )
     rows = (~keep).flatten().to(torch.uint8).argsort(stable=True)
     return Packing(keep, rows, starts_q, starts, query_length, keys, exact=False)
+
+
+def _front(keep: torch.Tensor, *, readable: bool) -> Front:
+    batch, keys = keep.shape
+    counts = keep.sum(1)
+    longest = max(int(counts.max()), 1) if readable else keys
+    first = torch.arange(batch, device=keep.device)[:, None]
+    rows = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest] + first * keys
+    places = (keep.cumsum(1) - 1).clamp(0, longest - 1) + first * longest
+    beyond = (torch.arange(longest, device=keep.device) >= counts[:, None]).flatten()
+    rest = beyond.nonzero().squeeze(1) if readable else beyond
+    return Front(keep, counts.to(torch.int32), rows.flatten(), places.flatten(), rest)
 
 
 def _is_left(keep: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from attn_core.declaration import BackendSpec, Constraints
     from attn_core.record import Row
+
+log = logging.getLogger("attn_core")
 
 LENGTH = 128
 HEADS = 2
@@ -67,6 +70,8 @@ def probe(row: Row) -> Row:
         if loading.refuses_itself(error):
             return replace(row, status=UNSUPPORTED, reason=plain(str(error)), next_step="")
         return replace(row, status=BROKEN, reason=plain(f"does not load: {loading.cause(error)}"), next_step=step)
+    if spec.first_call_compiles:
+        log.info("%s compiles at the first call of a kind, which can take from seconds to minutes", spec.name)
     tried = attempt(partial(_try, spec, adapter.forward, trial))
     if isinstance(tried, Raised):
         reason = f"a call on {trial} " + (

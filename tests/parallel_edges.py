@@ -133,9 +133,11 @@ def scopes(shape):
         thread = threading.Thread(target=lambda: found.append((attention(q, k, v) - alone).abs().max().item()))
         thread.start()
         thread.join()
-        with pytest.raises(CallRefused, match="None in plan and explain"):
+        with pytest.raises(CallRefused, match="a plan is of this rank alone"):
             plan(q, k, v)
-        assert "None in plan and explain" in explain(q, k, v).refusal
+        said = explain(*(cp.shard(x) for x in (q, k, v)), backend="native_math")
+        assert said.chosen == "native_math"
+        assert said.parallel.mode == cp.mode
     first, second = use_parallel(cp), use_parallel(other)
     first.__enter__()
     second.__enter__()

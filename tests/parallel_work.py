@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from attn_core.parallel import (
     sight,
     use_parallel,
 )
-from attn_core.testing import reference
+from attn_core.testing import assert_close, reference
 
 _meshes: dict[tuple[int, int], DeviceMesh] = {}
 
@@ -48,6 +48,7 @@ class Case:
     whole: str | None = None
     scope: bool = False
     strided: bool = False
+    device: str = "cpu"
     seed: int = field(default=0)
 
 
@@ -99,7 +100,15 @@ def inputs(case):
             mask = mask[:, :1, :, :1]
         if case.mask == "bool_keys":
             mask = mask[:1, :1, :1]
-    return q, k, v, g, mask
+    if case.device == "cpu":
+        return q, k, v, g, mask
+    if isinstance(mask, KeyPadding):
+        mask = KeyPadding(mask.keep.to(case.device))
+    elif isinstance(mask, Packed):
+        mask = Packed(*(offsets.to(case.device) for offsets in mask.tensors))
+    elif mask is not None:
+        mask = mask.to(case.device)
+    return *(tensor.to(case.device) for tensor in (q, k, v, g)), mask
 
 
 def computed(case, attend=attention):
@@ -174,6 +183,35 @@ def errors(case, attend=attention):
     return differences
 
 
+def agrees(case):
+    """Whether the ranks together are as near to the reference as a kernel has to be; raises where they are not."""
+    found, wanted = computed(case), expected(case)
+    for name, tensor in wanted.items():
+        assert_close(found[name], tensor, getattr(torch, case.dtype), name)
+    return True
+
+
+def streams(case):
+    """The result where the inputs are made, and the result is read, on a stream that is not the default one."""
+    cp = context(case.shape, case.order)
+    whole = inputs(case)[:4]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # whoever does not wait for this stream reads what is not there yet
+        q, k, v, g = (cp.shard(tensor).clone() for tensor in whole)
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        out = attention(*leaves, backend=case.backend, parallel=cp, **dict(case.options))
+        grads = torch.autograd.grad(out, leaves, g)
+        kept = [tensor.clone() for tensor in (out, *grads)]
+    stream.synchronize()
+    layout = cp.layout(case.queries)
+    wanted = expected(case)
+    for name, tensor in zip(("out", "dq", "dk", "dv"), kept, strict=True):
+        assert_close(gathering.gathered(cp, tensor.detach(), 1, layout), wanted[name], getattr(torch, case.dtype), name)
+    return True
+
+
 # --- defects ------------------------------------------------------------------------------------------------------------
 
 
@@ -181,11 +219,11 @@ def errors_with(defect, case):
     """``errors`` with a part made wrong."""
     patches = {
         "merge": (ring, "merge_", _forgetful_merge),
-        "zigzag": (sight, "_moved", lambda piece, queries, keys: piece),
+        "zigzag": (sight, "_placed", _laid_backwards),
         "hop": (ring.Gradients, "pass_on", lambda self, step: None),
         "heads": (heads, "by_positions", _swapped(heads.by_positions)),
         "mask": (part, "cut", None),
-        "diagonal": (sight, "_visible", lambda rectangle, _: rectangle._replace(shift=rectangle.shift + 1)),
+        "diagonal": (sight, "_calls", _seeing_all(sight._calls)),
     }
     owner, name, wrong = patches[defect]
     cp = context(case.shape, case.order)
@@ -205,6 +243,14 @@ def errors_with(defect, case):
         setattr(owner, name, right)
         cp.shared.kinds.clear()
         sight.course.cache_clear()
+
+
+def _laid_backwards(segments):
+    return [(sum(other.length for other in segments[nth + 1 :]), segment) for nth, segment in enumerate(segments)]
+
+
+def _seeing_all(right):
+    return lambda rectangle, seen: right(rectangle, replace(seen, causal=False))
 
 
 def _forgetful_merge(out, lse, part_out, part_lse):
@@ -232,7 +278,42 @@ def traffic(case):
     out = attention(q, k, v, backend=case.backend, parallel=cp, **dict(case.options))
     forward = dict(communication.sent)
     out.backward(g)
-    return forward, dict(communication.sent)
+    return _sent(forward), _sent(communication.sent)
+
+
+def traffic_and_formula(case):
+    """What ``traffic`` counts of a case with its mask, and what the formula says of it."""
+    from attn_core import explain
+    from attn_core.parallel.explaining import kind_of_parts
+    from attn_core.parallel.traffic import bytes_sent
+
+    cp = context(case.shape, case.order)
+    q, k, v, g, mask = inputs(case)
+    g = cp.shard(g)
+    q, k, v = (cp.shard(x).requires_grad_() for x in (q, k, v))
+    columns = cp.layout(case.queries if case.keys is None else case.keys)
+    rows = cp.layout(case.queries)  # the latest, which is what a rank takes its queries for
+    if isinstance(mask, torch.Tensor) and mask.shape[2] > 1:
+        mask = gathering.taken(mask, 2, rows.segments(*cp.place))
+    options = {"attn_mask": mask, **dict(case.options)}
+    communication.sent.clear()
+    out = attention(q, k, v, backend=case.backend, parallel=cp, **options)
+    forward = _sent(communication.sent)
+    out.backward(g)
+    both = _sent(communication.sent)
+    explained = explain(q, k, v, backend=case.backend, parallel=cp, **options)
+    assert explained.chosen == case.backend, explained
+    defaults = {"causal": False, "scale": None, "window_size": None, "softcap": None, "dropout_p": 0.0}
+    switches = {"deterministic": False, "return_lse": False}
+    kind = kind_of_parts(cp, q, k, v, {**defaults, **switches, **options})[1]
+    # without a word of the others, a rank can't tell two sequences that have a part as long as this
+    kind = replace(kind, query=rows.flat, key=columns.flat, keys=columns.total)
+    said = bytes_sent(kind, *cp.place)
+    return (forward, both), (_sent(said), _sent(said + bytes_sent(kind, *cp.place, backward=True)))
+
+
+def _sent(said):
+    return {purpose: count for purpose, count in said.items() if count}
 
 
 def sharding(shape, order, total, lengths=None):

@@ -26,9 +26,10 @@ from attn_core.testing import (
 )
 from attn_core.testing.covering import cover
 from attn_core.testing.facing import facts_of
+from attn_core.testing.head_dims import many_head_dims, representative_head_dims
+from attn_core.testing.kinds import kind_of
 from attn_core.testing.kit import Outcome, run_check
 from attn_core.testing.shrinking import shrink
-from attn_core.testing.subject import representative_head_dims
 
 DECLARATION = """
 LIMITS = Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}, causal=True, cross_lengths=True, lse=True)
@@ -294,7 +295,8 @@ def test_the_table_has_a_column_for_each_backend_and_says_what_is_wrong():
     long = "rule[a text that is longer than the column of checks]"
     text = report([
         outcome("one", "causal", kit.PASSED), outcome("one", long, kit.FAILED, detail="off", snippet="a\nb"),
-        outcome("another_one", "causal", kit.NOT_CHECKED), outcome("another_one", "lse", kit.EXCUSED, detail="known"),
+        outcome("another_one", "causal", kit.NOT_CHECKED, detail="why"),
+        outcome("another_one", "lse", kit.EXCUSED, detail="known"),
         outcome("third", "", kit.NOT_CHECKED, detail="no such library"),
     ])  # fmt: skip
     assert text.splitlines() == [
@@ -309,6 +311,7 @@ def test_the_table_has_a_column_for_each_backend_and_says_what_is_wrong():
         "    b",
         "",
         "excused: another_one, lse: known",
+        "another_one: not checked (causal): why",
         "third: not checked: no such library",
         "one: 1 passed, 1 failed",
         "another_one: 1 excused, 1 not checked",
@@ -474,9 +477,9 @@ def test_facts_of_a_drawn_call_are_those_that_are_read():
 @pytest.mark.parametrize(
     ("declared", "expected"),
     [
-        (None, [(dim, dim) for dim in (64, 16, 128, 80, 8, 1, 3, 40, 96, 192, 256)]),
+        (None, [(dim, dim) for dim in (64, 16, 128, 80, 32, 8, 1, 3, 40, 96, 192, 256)]),
         ({32, 48}, [(32, 32), (48, 48)]),
-        (range(24, 73, 8), [(64, 64), (40, 40), (24, 24), (72, 72)]),
+        (range(24, 73, 8), [(64, 64), (32, 32), (40, 40), (24, 24), (72, 72)]),
         ({(192, 128), (576, 512)}, [(192, 128), (576, 512)]),
         ({64, (192, 128)}, [(64, 64), (192, 128)]),
     ],
@@ -488,6 +491,43 @@ def test_representative_head_dims_have_the_usual_ones_the_ends_and_every_pair(de
     found = representative_head_dims(constraints.head_dims)
     assert sorted(found) == sorted(expected)
     assert found[0] == expected[0]
+
+
+def test_many_head_dims_are_all_of_a_set_or_of_a_short_range_and_of_a_long_one_those_of_every_divisor():
+    drawn = Random(3)
+    assert many_head_dims({72, 24, (192, 128), 56}, drawn) == [(24, 24), (56, 56), (72, 72), (192, 128)]
+    assert many_head_dims(range(8, 257, 8), drawn) == [(dim, dim) for dim in range(8, 257, 8)]
+    for declared in (range(16, 257), None):
+        found = {dim for dim, _ in many_head_dims(declared, drawn)}
+        assert {24, 32, 48, 56, 72, 112, 160, 224, 256} <= found
+        assert all(any(dim % step == 0 and dim % (2 * step) for dim in found) for step in (1, 2, 4, 8, 16, 32, 64))
+        assert declared is None or {16, 256} <= found <= set(declared)
+
+
+def test_what_is_met_already_is_not_covered_again_and_completions_are_looked_for_around_each_base():
+    met = [((0, 1),), ((1, 1),)]
+    assert not cover([2, 2], lambda row: row == (0, 0), Random(0), strength=1, met=[*met, ((0, 0),), ((1, 0),)]).rows
+    far = (1,) * 12
+    near = {far, *(tuple(2 if place == n else 1 for place in range(12)) for n in range(12))}
+    sizes, admitted = [3] * 12, {(0,) * 12, *near}.__contains__
+    assert cover(sizes, admitted, Random(0), strength=1).refused
+    assert not cover(sizes, admitted, Random(0), strength=1, plainest=[(0,) * 12, far]).refused
+
+
+def test_where_each_kind_compiles_checks_share_few_kinds_and_try_each_in_many_ways(wheels):
+    head, _, _ = DECLARATION.partition("    yield")
+    wheels.wheel("attn-kit-slow", f"{HEAD}{head}    yield backend('slow', first_call_compiles=True)")
+    registry.refresh()
+    tested = subject("slow")
+    kinds = {kind_of(case) for case in tested.combinations.cases}
+    assert len(kinds) <= 40
+    scales = tested.draw(5, each=[{"scale": scale} for scale in (0.3, 2, 0, -0.5)])
+    assert {case.scale for case in scales} == {0.3, 2, 0, -0.5}
+    assert {kind_of(case) for case in scales} <= kinds
+    each = [{"causal": True, "queries": queries, "keys": keys} for queries, keys in ((5, 17), (33, 5), (6, 18))]
+    causal = tested.draw(3, "return_lse", "gradients", each=each)
+    assert {kind_of(case) for case in causal} <= kinds
+    assert {(case.queries, case.keys) for case in causal} == {(5, 17), (33, 5)}
 
 
 # --- the smallest call ----------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from attn_core.declaration import BackendSpec, Constraints, DeclarationError
 world = fake_distributions.world
 
 FLASH = """'flash', needs=Needs(extra='kernel', install='pip install --no-build-isolation flash-attn (builds with nvcc)'),
-    constraints=Constraints(platforms={'cuda'}, dtypes={'float16', 'bfloat16'}, masks={'none'}, lse=True),
-    context_parallel=ContextParallelSupport(ring=True, ulysses=True)"""
+    constraints=Constraints(platforms={'cuda'}, dtypes={'float16', 'bfloat16'}, masks={'none'}, lse=True, backward=True),
+    backward='nowhere:backward', context_parallel=ContextParallelSupport(ring=True, ulysses=True)"""
 
 TABLE = """\
 Name   Status     Provided by       Context parallel  Reason
@@ -42,6 +42,24 @@ def three(world):
 def test_the_table_is_the_one_of_the_design(three, capsys):
     assert cli.main(["list-backends"]) == 0
     assert capsys.readouterr() == (TABLE + "\n", "")
+
+
+def test_ways_of_context_parallel_without_a_backward_say_so(world, capsys):
+    both = "context_parallel=ContextParallelSupport(ring=True, ulysses=True)"
+    world.wheel(
+        "one-attn",
+        declaring(f"""'one', {both}, constraints=Constraints(platforms={{'cpu'}}, dtypes={{'float32'}},
+        masks={{'none'}}, lse=True, backward=True)"""),
+    )
+    world.wheel(
+        "two-attn",
+        declaring(f"""'two', {both}, constraints=Constraints(platforms={{'cpu'}}, dtypes={{'float32'}},
+        masks={{'none'}}, lse=True, backward=No('inference only'))"""),
+    )
+    assert cli.main(["list-backends"]) == 0
+    one, two = capsys.readouterr().out.splitlines()[1:]
+    assert one.endswith("  ring (forward only), ulysses")
+    assert two.endswith("  ring (forward only), ulysses (forward only)")
 
 
 def test_what_was_never_run_on_its_hardware_says_so(world, capsys):
@@ -113,7 +131,7 @@ def test_json_has_every_field_and_the_whole_declaration(world, capsys):
     }  # fmt: skip
     assert list(spec) == [
         "api", "summary", "forward", "backward", "autograd", "needs", "compile", "first_call_compiles", "unverified",
-        "numerics", "context_parallel", "constraints",
+        "numerics", "context_parallel", "context_parallel_modes", "constraints",
     ]  # fmt: skip
     assert spec["compile"] == {"supported": False, "reason": "it is a secret"}
     assert spec["numerics"] == {"approximate": True, "error": 0.02, "scores": None}

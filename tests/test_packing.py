@@ -182,3 +182,20 @@ def test_traced_code_reads_no_value():
     assert torch.equal(blind, packing.blind_queries(KeyPadding(keep), 4, causal=True))
     assert torch.equal(wide_key, packing.hide(query, key, KeyPadding(keep), 0.5)[1])
     assert wide_query.shape[3] == 8 + packing.COLUMNS
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_keys_move_to_the_front_of_their_sequence_and_their_gradients_back(readable, monkeypatch):
+    if not readable:
+        monkeypatch.setattr(packing, "_readable", lambda _: False)
+    keep = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    moved = packing.front(KeyPadding(keep))
+    tensor = torch.arange(1.0, 16).view(3, 5, 1, 1).masked_fill(~keep[:, :, None, None], torch.nan)
+    expected = [[2, 3, 5], [0, 0, 0], [15, 0, 0]]
+    if not readable:
+        expected = [[*row, 0, 0] for row in expected]
+    assert moved.keys(tensor).squeeze().tolist() == expected
+    assert moved.lengths.tolist() == [3, 0, 1]
+    grad = moved.keys(tensor)
+    grad[1], grad[2, 1:] = torch.nan, torch.nan  # which kernels leave unwritten
+    assert torch.equal(moved.unpack_keys(grad), tensor.nan_to_num(0))

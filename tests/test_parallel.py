@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+import torch
 from parallel_work import Case
 from ranks import SHAPES, Ranks
 
@@ -30,18 +31,33 @@ def agrees(ranks, case, tolerance=EXACT):
 SIGHTS = [
     {}, {"causal": True}, {"causal": True, "window_size": (3, 0)}, {"window_size": (2, 4)}, {"window_size": (-1, 2)},
     {"window_size": (3, -1)}, {"causal": True, "softcap": 1.5}, {"scale": -0.7}, {"causal": True, "scale": 0.0},
+    {"window_size": (0, 0)}, {"causal": True, "window_size": (60, 1)}, {"window_size": (0, 7), "softcap": 0.5},
 ]  # fmt: skip
 MASKS = ["none", "key_padding", "packed", "bool", "float", "bool_rows", "bool_keys"]
 LENGTHS = [(16, None), (17, None), (19, 23), (23, 17), (5, 3), (2, 9), (40, 1)]
 HEADS = [(4, 2), (4, 4), (6, 1), (6, 3), (3, 3), (2, 2), (10, 5)]
-BACKENDS = ["native_math", "chunked", "native_flash"]
+BACKENDS = ["native_math", "chunked", "native_flash", "native"]
 
 
 def refusable(case):
     options = dict(case.options)
+    if case.backend == "native":
+        return "softcap" in options
     return case.backend == "native_flash" and (
         "window_size" in options or "softcap" in options or case.mask == "packed"
     )
+
+
+def uneven(chance, pick):
+    """Lengths on each rank, of queries and of keys, of which some may be none."""
+    (queries, keys), size = pick["lengths"], pick["shape"][0] * pick["shape"][1]
+
+    def shares(total):
+        ends = sorted(chance.randint(0, total) for _ in range(size - 1))
+        return tuple(stop - start for start, stop in itertools.pairwise((0, *ends, total)))
+
+    found = {"lengths": shares(queries)}
+    return found if keys is None else {**found, "key_lengths": shares(keys)}
 
 
 def drawn(count, seed):
@@ -49,7 +65,7 @@ def drawn(count, seed):
     chance = random.Random(seed)
     pools = {
         "shape": SHAPES, "order": ["zigzag", "contiguous"], "sight": SIGHTS, "mask": MASKS, "lengths": LENGTHS,
-        "heads": HEADS, "backend": BACKENDS, "dims": [(8, 8), (8, 4), (4, 8)],
+        "heads": HEADS, "backend": BACKENDS, "dims": [(8, 8), (8, 4), (4, 8)], "uneven": [False, False, True],
     }  # fmt: skip
     turns = {name: itertools.cycle(chance.sample(values, len(values))) for name, values in pools.items()}
     found = []
@@ -61,6 +77,7 @@ def drawn(count, seed):
             shape=pick["shape"], order=pick["order"], queries=pick["lengths"][0], keys=pick["lengths"][1],
             heads=pick["heads"], dims=pick["dims"], mask=pick["mask"], options=tuple(sorted(pick["sight"].items())),
             backend=pick["backend"], seed=number, strided=number % 3 == 0,
+            **(uneven(chance, pick) if pick["uneven"] else {}),
         )  # fmt: skip
         found.append(Case(**{**case.__dict__, "backend": "native_math"}) if refusable(case) else case)
     return found
@@ -279,6 +296,15 @@ def test_ulysses_sends_each_head_once(ranks):
         assert both == {"heads": 2 * (to_heads + back)}
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in drawn(160, seed=3) if case.mask != "none" or case.options][::4], ids=str
+)
+def test_sends_as_many_bytes_as_the_formula_says(ranks, case):
+    for (forward, both), (said_forward, said_both) in ranks.run("traffic_and_formula", case, on=world(case)):
+        assert forward == said_forward
+        assert both == said_both
+
+
 def test_a_window_ends_the_course_of_chunks_early(ranks):
     case = Case(
         shape=(4, 1), order="contiguous", queries=32, heads=(2, 2), dtype="float32", batch=1,
@@ -339,3 +365,54 @@ def test_a_rank_that_fails_ends_the_others(shape, how, said):
     finally:
         pool.close()
     assert not any(process.is_alive() for process in pool.processes)
+
+
+# --- on one GPU, shared by several processes ----------------------------------------------------------------------------
+
+GPU_SHAPES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]
+KERNELS = ["native_flash", "native_cudnn", "native_efficient", "native_math"]
+HIDING = [
+    ("native_flash", {"options": (("causal", True), ("window_size", (70, 0))), "order": "contiguous"}),
+    ("native_flash", {"options": (("causal", True),), "mask": "packed"}),
+    ("native_efficient", {"options": (("causal", True),), "mask": "key_padding"}),
+    ("native_efficient", {"mask": "bool"}),
+    ("native_math", {"options": (("causal", True), ("window_size", (70, 0)), ("softcap", 20.0))}),
+    ("native_math", {"options": (("causal", True),), "mask": "packed"}),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu_ranks():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    pool = Ranks(4, timeout=60)
+    pool.run("make_meshes", GPU_SHAPES)
+    yield pool
+    pool.close()
+
+
+def on_gpu(shape, backend, **fields):
+    return Case(shape=shape, backend=backend, device="cuda", dtype="bfloat16", dims=(64, 64), heads=(8, 2), **fields)
+
+
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_cuda_kernels_are_right_among_ranks(gpu_ranks, shape, backend):
+    for order, causal, queries in itertools.product(("zigzag", "contiguous"), (False, True), (256, 301)):
+        case = on_gpu(shape, backend, order=order, queries=queries, options=(("causal", causal),))
+        assert all(gpu_ranks.run("agrees", case, on=world(case)))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)], ids=str)
+@pytest.mark.parametrize(("backend", "fields"), HIDING, ids=str)
+def test_cuda_kernels_have_their_part_of_what_hides_keys(gpu_ranks, shape, backend, fields):
+    case = on_gpu(shape, backend, queries=301, **fields)
+    assert all(gpu_ranks.run("agrees", case, on=world(case)))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (4, 1), (1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_ranks_wait_for_the_current_stream(gpu_ranks, shape, backend):
+    case = on_gpu(shape, backend, queries=320, options=(("causal", True),))
+    for _ in range(3):
+        assert all(gpu_ranks.run("streams", case, on=world(case)))

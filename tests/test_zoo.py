@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from attn_core import registry
+from attn_core.commands.check import exit_status
 from attn_core.testing import check_backend
-from attn_core.testing.kit import FAILED
+from attn_core.testing.kit import FAILED, NOT_CHECKED, PASSED
+from attn_core.testing.surroundings import USUAL, unusual
 
 ZOO = Path(__file__).parent / "zoo"
 sys.path.insert(0, str(ZOO))
 
 import zoo_kernels  # noqa: E402 (it lies where wheels do)
+import zoo_surroundings  # noqa: E402, F401 (it adds to the lies)
 
 DECLARED = {
     "no_that_is_admitted": "refused[softcap]",
@@ -43,10 +46,10 @@ def zoo(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _precision():
-    """One of the liars switches it."""
-    yield
-    torch.set_float32_matmul_precision("highest")
+def _settings():
+    """Some of the liars change those of the process when they are loaded."""
+    with unusual(torch.device("cpu"), USUAL):
+        yield
 
 
 @pytest.mark.parametrize(("name", "check"), LIARS.items())
@@ -56,8 +59,27 @@ def test_a_lie_is_caught_by_the_check_that_is_for_it(name, check):
     print(outcome.detail, outcome.snippet, sep="\n")
 
 
-@pytest.mark.parametrize(("name", "quick"), [("honest", False), ("honest_with_dropout", True)])
+HONEST = [
+    ("honest", False), ("honest_with_dropout", True), ("honest_compiling", False), ("honest_for_pairs", True),
+    ("honest_for_64_and_a_pair", True), ("honest_by_rules", True), ("honest_for_causal", True), ("for_float8_too", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "quick"), HONEST)
 def test_the_honest_one_passes(name, quick):
     """But for the declaration of the zoo, which imports its kernels to know their names."""
     wrong = [outcome for outcome in check_backend(f"zoo:{name}", quick=quick) if outcome.status == FAILED]
     assert [outcome.check for outcome in wrong] == ["declaration-imports"]
+
+
+def test_a_dtype_that_the_kit_does_not_draw_is_a_row_that_says_so():
+    outcomes = {outcome.check: outcome for outcome in check_backend("zoo:for_float8_too", quick=True)}
+    assert outcomes["combinations[bfloat16]"].status == PASSED
+    left_out = outcomes["combinations[float8_e4m3fn]"]
+    assert (left_out.status, "float8_e4m3fn" in left_out.detail) == (NOT_CHECKED, True)
+
+
+def test_a_backend_of_no_other_dtype_is_not_checked_at_all():
+    outcomes = list(check_backend("zoo:for_float8"))
+    assert [(outcome.check, outcome.status) for outcome in outcomes] == [("", NOT_CHECKED)]
+    assert exit_status(outcomes) == 3

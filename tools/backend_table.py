@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, cast
 
+from attn_core import listing
 from attn_core.declaration import Backward, CapabilityRange, Constraints, No, describe_head_dims
 from attn_core.hookspec import GROUP
 from kit_tables import hardware_runs
@@ -114,7 +115,7 @@ def one(found: object, notes: Notes) -> str:
 def context_parallel(spec: BackendSpec, notes: Notes) -> str:
     """Return the modes in which a backend can serve."""
     support = spec.context_parallel
-    return f"no {notes.refer([str(support)])}" if isinstance(support, No) else ", ".join(support.modes)
+    return f"no {notes.refer([str(support)])}" if isinstance(support, No) else ", ".join(listing.parallel_modes(spec))
 
 
 def on_hardware(spec: BackendSpec, runs: Collection[str], notes: Notes) -> str:

@@ -22,6 +22,8 @@ FAILED, NOT_CHECKED = 1, 3
 """Exit statuses: a check failed; nothing failed, but of a backend nothing could be checked here."""
 
 _WIDTH = 30
+_NAMED = 4
+"""How many checks are named of those that were left out for one reason."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +99,7 @@ def _checked(names: Sequence[str], arguments: argparse.Namespace) -> list[Outcom
 def _outcomes(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[Outcome]:
     only = None if arguments.only is None else partial(_is_meant, wanted=_wanted(arguments))
     options = {"device": arguments.device, "seed": arguments.seed, "quick": arguments.quick, "only": only}
-    if len(names) == 1:
+    if len(names) == 1 and not arguments.json:  # what a kernel prints would be in the midst of JSON
         from attn_core.testing.kit import check_backend
 
         return check_backend(names[0], **options)
@@ -209,6 +211,13 @@ def _line(first: str, cells: Sequence[str], width: int, widths: Sequence[int]) -
     return "  ".join([first.ljust(width), *padded]).rstrip()
 
 
+def _several(checks: Sequence[str]) -> str:
+    """The first few of these checks, and how many there are beside; nothing where it is the backend as a whole."""
+    named = [check for check in checks[:_NAMED] if check]
+    more = f" and {len(checks) - _NAMED} others" if len(checks) > _NAMED else ""
+    return f" ({', '.join(named)}{more})" if named else ""
+
+
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
     from attn_core.testing import kit
 
@@ -217,8 +226,11 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
         if outcome.status in (kit.FAILED, kit.WARNED, kit.EXCUSED):
             lines += ["", f"{outcome.status}: {outcome.backend}, {outcome.check}: {outcome.detail}"]
             lines += [f"    {line}" for line in outcome.snippet.splitlines()]
-    unable = [outcome for outcome in outcomes if outcome.status == kit.NOT_CHECKED and not outcome.check]
-    lines += [f"{outcome.backend}: not checked: {outcome.detail}" for outcome in unable]
+    unable: dict[tuple[str, str], list[str]] = {}
+    for outcome in outcomes:
+        if outcome.status == kit.NOT_CHECKED:
+            unable.setdefault((outcome.backend, outcome.detail), []).append(outcome.check)
+    lines += [f"{name}: not checked{_several(checks)}: {reason}" for (name, reason), checks in unable.items()]
     for name in dict.fromkeys(outcome.backend for outcome in outcomes if outcome.check):
         own = [outcome.status for outcome in outcomes if outcome.backend == name and outcome.check]
         told = [

@@ -13,7 +13,9 @@ _SHAPE = "batch,length,heads,head_dim"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes: the options of ``attention``."""
-    parser.add_argument("--query", type=_shape, required=True, metavar=_SHAPE, help="shape of query")
+    parser.add_argument(
+        "--query", type=_shape, required=True, metavar=_SHAPE, help="shape of query, of the whole sequence"
+    )
     parser.add_argument("--key", type=_shape, metavar=_SHAPE, help="shape of key; as query where not given")
     parser.add_argument("--value", type=_shape, metavar=_SHAPE, help="shape of value; as key where not given")
     parser.add_argument("--dtype", default="float32", help="such as bfloat16, float16, float32")
@@ -30,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", type=_names, metavar="NAME,...", help="one name, or several in order of preference"
     )
+    parser.add_argument("--ring", type=int, metavar="N", help="spread the sequence over a ring of N ranks")
+    parser.add_argument(
+        "--ulysses", type=int, metavar="N", help="spread the sequence over N ranks that share the heads"
+    )
+    parser.add_argument("--order", choices=("zigzag", "contiguous"), default="zigzag", help="of the sequence in a ring")
+    parser.add_argument("--backward", action="store_true", help="with gradients")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
@@ -54,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         return_lse=arguments.return_lse,
         parallel=None,
         backend=arguments.backend,
+        grid=_grid(arguments),
+        backward=arguments.backward,
     )
     if arguments.json:
         from json import dumps
@@ -62,6 +72,16 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(explanation)  # noqa: T201
     return 0
+
+
+def _grid(arguments: argparse.Namespace) -> tuple[int, int, str] | None:
+    if arguments.ring is None and arguments.ulysses is None:
+        return None
+    return (
+        1 if arguments.ring is None else arguments.ring,
+        1 if arguments.ulysses is None else arguments.ulysses,
+        arguments.order,
+    )
 
 
 def _integers(text: str) -> tuple[int, ...]:

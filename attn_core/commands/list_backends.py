@@ -10,6 +10,8 @@ from attn_core import listing, registry
 if TYPE_CHECKING:
     import argparse
 
+    from attn_core.record import Row
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
@@ -21,6 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the list."""
-    rows = registry.list_backends(probe=arguments.probe)
+    rows = _probed() if arguments.probe else registry.list_backends()
     print(listing.as_json(rows) if arguments.json else listing.as_table(rows, listing.width_of(sys.stdout)))  # noqa: T201
     return 0
+
+
+def _probed() -> list[Row]:
+    """Try each backend; which of them compile, and so take long, is said on stderr before."""
+    import logging  # costs a short command a tenth of its time
+
+    log, handler = logging.getLogger("attn_core"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        return registry.list_backends(probe=True)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

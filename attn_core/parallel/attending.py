@@ -73,7 +73,7 @@ def _read(parallel: ContextParallel, query: Any, key: Any, value: Any, options: 
 
 
 def refuse_what_no_ring_has(*, dropout: bool, mask_gradient: bool, transformed: bool) -> None:
-    """Refuse what context parallel doesn't do, whichever the backend."""
+    """Refuse what has no meaning across ranks, or none that the pieces of a kernel could give."""
     step = "Compute this call on one device, or leave it out"
     if dropout:
         msg = (
@@ -228,6 +228,9 @@ def kind_of(
     return Kind(
         context=cp.name,
         mode=cp.mode,
+        ring=cp.ring,
+        ulysses=cp.ulysses,
+        order=cp.order,
         choice=selection.listed(chosen[0]),
         chosen_by=chosen[1],
         device=device.type,

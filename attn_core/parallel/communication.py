@@ -46,10 +46,9 @@ class Transfer:
         self._cp = cp
         self._doing = f"exchanging {purpose} round the ring"
         group = cp.group("ring")
-        peers = [row[cp.place[1]] for row in cp.grid]
-        staged = _needs_staging(cp, "ring", sending, receiving)
+        peers = cp.ring_ranks
         self._arrivals: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if staged:
+        if "ring" in cp.staged and any(tensor.is_cuda for tensor, _ in (*sending, *receiving)):
             sending = [(_off_device(tensor), place) for tensor, place in sending]
             landing = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor, _ in receiving]
             self._arrivals = [(tensor, host) for (tensor, _), host in zip(receiving, landing, strict=True)]
@@ -78,8 +77,7 @@ def all_to_all(
     group = cp.group("ulysses")
     own = cp.place[1]
     sent["heads"] += (sum(sending) - sending[own]) * tensor.element_size()
-    staged = tensor.is_cuda and dist.get_backend(group) == "gloo"
-    source = tensor.cpu() if staged else tensor
+    source = tensor.cpu() if tensor.is_cuda and "ulysses" in cp.staged else tensor
     found = source.new_empty(sum(receiving))
     with blamed(cp, "exchanging heads"):
         dist.all_to_all_single(found, source, receiving, sending, group=group)
@@ -94,10 +92,6 @@ def all_gather(group: Any, tensor: torch.Tensor) -> torch.Tensor:
     found = source.new_empty(group.size() * source.shape[0], *source.shape[1:])
     _gather(found, source, group=group)
     return found.to(tensor.device)
-
-
-def _needs_staging(cp: ContextParallel, name: str, *messages: list[tuple[torch.Tensor, int]]) -> bool:
-    return any(tensor.is_cuda for some in messages for tensor, _ in some) and dist.get_backend(cp.group(name)) == "gloo"
 
 
 def _off_device(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from attn_core.errors import AttnError, CallRefused
 from attn_core.parallel import gathering
@@ -69,6 +70,8 @@ class ContextParallel:
             much to do; "contiguous" one piece in order.
 
     Attributes:
+        ring_ranks: the global ranks of this rank's ring, by place.
+        staged: which of "ring" and "ulysses" send no tensors of a GPU, but copies of them on the host.
         ring: how many places the ring has, 1 where the mesh has no such dimension.
         ulysses: the same of ulysses.
         mode: which way: ring, ulysses or hybrid.
@@ -105,6 +108,8 @@ class ContextParallel:
         self.ring = self._groups[RING].size() if RING in names else 1
         self.ulysses = self._groups[ULYSSES].size() if ULYSSES in names else 1
         self.grid = _grid(mesh, names, self.ring, self.ulysses)
+        self.ring_ranks = tuple(row[self.place[1]] for row in self.grid)
+        self.staged = tuple(name for name in names if dist.get_backend(self._groups[name]) == "gloo")
         self.name = f"{self.mode}:{order}:{self.grid}"
         known = contexts.get(self.name)
         self.shared: Shared = Shared() if known is None or not known.alive else known.shared

@@ -17,6 +17,7 @@ from attn_core.errors import AttnError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import TracebackType
 
     from attn_core.parallel.context import ContextParallel
 
@@ -76,17 +77,28 @@ def told(cp: ContextParallel) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def blamed(cp: ContextParallel, doing: str) -> Iterator[None]:
+class blamed:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every message
     """Give what goes wrong between ranks the name of the rank that it comes from."""
-    try:
-        yield
-    except RuntimeError as error:
-        told_by = notes(cp, cp.shared.calls - 1)  # it may have failed in the call before, when this rank had its part
+
+    __slots__ = ("_cp", "_doing")
+
+    def __init__(self, cp: ContextParallel, doing: str) -> None:
+        self._cp, self._doing = cp, doing
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, RuntimeError):
+            return
+        told_by = notes(
+            self._cp, self._cp.shared.calls - 1
+        )  # it may have failed in the call before, when this rank had its part
         if told_by:
-            msg = f"parallel: {_named(told_by)} (noticed by rank {dist.get_rank()} while {doing})"
+            msg = f"parallel: {_named(told_by)} (noticed by rank {dist.get_rank()} while {self._doing})"
         else:
-            msg = f"parallel: rank {dist.get_rank()} got no answer while {doing}: {error}"
+            msg = f"parallel: rank {dist.get_rank()} got no answer while {self._doing}: {error}"
         raise RankFailed(msg) from error
 
 

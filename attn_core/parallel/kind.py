@@ -8,12 +8,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from attn_core.parallel.context import context
-from attn_core.parallel.layout import Segment
+from attn_core.parallel.layout import Layout, Segment
 from attn_core.parallel.sight import Document, Sight
 
 if TYPE_CHECKING:
     from attn_core.parallel.context import ContextParallel
-    from attn_core.parallel.layout import Layout
 
 READ_LATER = "read"
 """Of ``documents``: the offsets are tensors of compiled code, and read when it runs."""
@@ -33,6 +32,9 @@ class Kind:
     Attributes:
         context: the name of its ``ContextParallel``.
         mode: ring, ulysses or hybrid.
+        ring: how many places the ring has.
+        ulysses: how many places share the heads.
+        order: of the sequence in the ring.
         query: the length of the queries on each rank, in the order of the grid; None in compiled code for any length, which
             reads it when it runs.
         key: the same of the keys; empty where keys are whole.
@@ -48,6 +50,9 @@ class Kind:
 
     context: str
     mode: str
+    ring: int
+    ulysses: int
+    order: str
     query: tuple[int, ...] | None
     key: tuple[int, ...] | None
     keys: int | None
@@ -86,12 +91,12 @@ class Kind:
     @property
     def query_layout(self) -> Layout:
         """How the queries lie."""
-        return self.cp.layout_on(self.query or ())
+        return self._layout(self.query or ())
 
     @property
     def key_layout(self) -> Layout | None:
         """How the keys lie; None where they are whole."""
-        return self.cp.layout_on(self.key) if self.key else None
+        return self._layout(self.key) if self.key else None
 
     @property
     def sight(self) -> Sight:
@@ -99,6 +104,12 @@ class Kind:
         whole = Document(Segment(0, sum(self.query or ())), Segment(0, self.keys or 0))
         documents = (whole,) if self.documents is None else _documents(self.documents)
         return Sight(self.causal, self.window_size, documents)
+
+    def _layout(self, lengths: tuple[int, ...]) -> Layout:
+        rows = tuple(
+            lengths[start : start + self.ulysses] for start in range(0, self.ring * self.ulysses, self.ulysses)
+        )
+        return Layout(rows, self.order)
 
     def described(self) -> dict[str, Any]:
         """As plain data."""

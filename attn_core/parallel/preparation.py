@@ -62,6 +62,11 @@ class Prepared:
         return key_pieces(self.kind)
 
     @cached_property
+    def key_lengths(self) -> tuple[int, ...]:
+        """How many positions each chunk of keys has."""
+        return tuple(sum(segment.length for segment in segments) for segments in self.key_pieces)
+
+    @cached_property
     def options(self) -> dict[str, Any]:
         """What every piece is called with."""
         kind = self.kind
@@ -105,8 +110,8 @@ def prepare(kind: Kind) -> Prepared:
     raise (BackendNotUsable if unusable else CallRefused)(msg)
 
 
-def reasons_against(spec: BackendSpec, kind: Kind) -> list[str]:
-    """Why a backend refuses a kind of call; empty where it admits it."""
+def reasons_against(spec: BackendSpec, kind: Kind, device: dict[str, Any] | None = None) -> list[str]:
+    """Why a backend refuses a kind of call; empty where it admits it. ``device`` has facts of one that need not be here."""
     support = spec.context_parallel
     ability = getattr(support, kind.mode) if isinstance(support, ContextParallelSupport) else support
     if isinstance(ability, No):
@@ -114,7 +119,7 @@ def reasons_against(spec: BackendSpec, kind: Kind) -> list[str]:
     if kind.mode != "ulysses" and kind.gradient and spec.backward is None:
         why = "its declaration names no backward that takes the result and the log-sum-exp of all keys"
         return [f"context parallel: {kind.mode}: backward: not supported: {why}"]
-    return list(dict.fromkeys(reason for facts in facts_of(kind) for reason in refusals(spec, facts)))
+    return list(dict.fromkeys(reason for facts in facts_of(kind, device) for reason in refusals(spec, facts)))
 
 
 def _refusal(name: str, reasons: list[str], kind: Kind) -> str:
@@ -140,7 +145,7 @@ def _refusal(name: str, reasons: list[str], kind: Kind) -> str:
 
 def course_of(kind: Kind) -> Course:
     """How the keys go round, and who computes what of them when."""
-    return course(kind.query_layout, key_pieces(kind), kind.sight, rotating=bool(kind.key) and kind.cp.ring > 1)
+    return course(kind.query_layout, key_pieces(kind), kind.sight, rotating=bool(kind.key) and kind.ring > 1)
 
 
 def key_pieces(kind: Kind) -> tuple[Segments, ...]:
@@ -148,14 +153,14 @@ def key_pieces(kind: Kind) -> tuple[Segments, ...]:
     layout = kind.key_layout
     if layout is not None:
         return layout.pieces
-    return ((Segment(0, kind.keys or 0),),) * kind.cp.ring
+    return ((Segment(0, kind.keys or 0),),) * kind.ring
 
 
-def facts_of(kind: Kind) -> Iterator[Facts]:
+def facts_of(kind: Kind, device: dict[str, Any] | None = None) -> Iterator[Facts]:
     """The facts of every call that some rank makes."""
-    places = shares(kind.heads, kind.key_heads, kind.cp.ulysses)
+    places = shares(kind.heads, kind.key_heads, kind.ulysses)
     heads = {(share.queries.length, share.keys.length) for share in places if share.queries.length}
-    device = device_facts(torch.device(kind.device))
+    device = device_facts(torch.device(kind.device)) if device is None else device
     mask: dict[str, Any] = {"mask": kind.mask}
     if kind.mask_once is not None:
         mask |= {"mask_broadcast": kind.mask_once, "mask_dtype": kind.mask_dtype}

@@ -6,7 +6,9 @@ Two operators, so that compiled code holds them unopened: they take the kind of 
 from __future__ import annotations
 
 from collections.abc import Sequence  # noqa: TC003 - read from the operators' annotations
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,12 +21,53 @@ from attn_core.parallel.merge import NOTHING, merge_, wide
 from attn_core.parallel.part import options_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from attn_core.parallel.layout import Segment
     from attn_core.parallel.preparation import Prepared
     from attn_core.parallel.sight import Piece
 
-Shapes = tuple[torch.Size, torch.Size]
+    Cut = Callable[[Segment], tuple[torch.Tensor, ...]]
+
+
+class Chunk(NamedTuple):
+    """Keys and values of one place, or their gradients, and the message that they are sent in.
+
+    Attributes:
+        message: flat, the one after the other.
+        cut: both, for some of the positions.
+    """
+
+    message: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cut: Cut
+
+
+class Room:
+    """Memory for one chunk, whichever place it comes from; most are as long as others, and are made of it once.
+
+    Args:
+        key: of this rank, for its shape.
+        value: the same.
+        memory: flat, enough for the longest.
+    """
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, memory: torch.Tensor) -> None:
+        self._shapes = [(tensor.shape[0], tensor.shape[2], tensor.shape[3]) for tensor in (key, value)]
+        self.memory = memory
+        self._chunks: dict[int, Chunk] = {}
+
+    def chunk(self, length: int) -> Chunk:
+        """One of so many positions."""
+        found = self._chunks.get(length)
+        if found is None:
+            shapes = [(batch, length, heads, dim) for batch, heads, dim in self._shapes]
+            sizes = [prod(shape) for shape in shapes]
+            message = self.memory[: sum(sizes)]
+            key, value = (part.view(shape) for part, shape in zip(message.split(sizes), shapes, strict=True))
+            found = self._chunks[length] = Chunk(message, key, value, cutter((key, 1), (value, 1)))
+        return found
 
 
 class Ring:
@@ -42,18 +85,14 @@ class Ring:
         self.tag = prepared.tag
         self.places = self.cp.ring
         self.place = self.cp.place[0]
+        self.onward = (self.place + 1) % self.places  # the place that chunks go to
         self.rounds = max(self.course.last) + 1
         self.key, self.value = key, value
-        self.lengths = [sum(map(len_, segments)) for segments in prepared.key_pieces]
+        self.lengths = prepared.key_lengths
 
     def source(self, step: int) -> int:
         """The place whose chunk is here at a step."""
         return (self.place - step) % self.places
-
-    @property
-    def onward(self) -> int:
-        """The place that chunks go to."""
-        return (self.place + 1) % self.places
 
     def here(self, step: int) -> bool:
         """Whether a chunk is here at a step, and anybody has use for it."""
@@ -64,60 +103,48 @@ class Ring:
         steps = self.course.steps[self.place]
         return steps[step] if step < len(steps) else ()
 
-    def buffers(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Room for two chunks of keys and values, or of their gradients, whichever place they come from."""
+    def rooms(self, dtype: torch.dtype) -> list[Room]:
+        """Room for two chunks."""
         longest = max(self.lengths)
         size = sum(tensor.shape[0] * longest * tensor.shape[2] * tensor.shape[3] for tensor in (self.key, self.value))
-        return [self.key.new_empty(size, dtype=dtype) for _ in range(2)]
+        return [Room(self.key, self.value, self.key.new_empty(size, dtype=dtype)) for _ in range(2)]
 
-    def message(self, buffer: torch.Tensor, source: int) -> torch.Tensor:
-        """The part of a buffer that a chunk from a place takes."""
-        return buffer[: sum(self._sizes(source))]
+    def chunk(self, room: Room, step: int) -> Chunk:
+        """What a room holds at a step."""
+        return room.chunk(self.lengths[self.source(step)])
 
-    def opened(self, buffer: torch.Tensor, source: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two tensors that a message holds."""
-        sizes = self._sizes(source)
-        first, second = self.message(buffer, source).split(sizes)
-        return first.view(self._shape(self.key, source)), second.view(self._shape(self.value, source))
-
-    def _shape(self, tensor: torch.Tensor, source: int) -> tuple[int, ...]:
-        return tensor.shape[0], self.lengths[source], tensor.shape[2], tensor.shape[3]
-
-    def _sizes(self, source: int) -> list[int]:
-        rows = self.key.shape[0] * self.lengths[source]
-        return [rows * tensor.shape[2] * tensor.shape[3] for tensor in (self.key, self.value)]
-
-    def chunks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """The chunks that come by, with their steps, this rank's own first. The next is on its way while one is at hand.
+    def chunks(self) -> Iterator[tuple[int, Cut]]:
+        """The steps, with what cuts the keys and values at hand, this rank's own first. The next are on their way meanwhile.
 
         A step at which nothing is here has nothing to compute; it is told all the same, since all ranks post their messages
         in one order.
         """
         if self.rounds == 1:
-            yield 0, self.key, self.value
+            yield 0, cutter((self.key, 1), (self.value, 1))
             return
-        buffers = self.buffers(self.key.dtype)
-        own = self.opened(buffers[0], self.place)
-        own[0].copy_(self.key)
-        own[1].copy_(self.value)
+        rooms = self.rooms(self.key.dtype)
+        current = self.chunk(rooms[0], 0)
+        current.key.copy_(self.key)
+        current.value.copy_(self.value)
         for step in range(self.rounds):
-            current, following = buffers[step % 2], buffers[(step + 1) % 2]
+            following = self.chunk(rooms[(step + 1) % 2], step + 1)
             goes = step < self.course.last[self.source(step)]
             comes = step + 1 < self.rounds and self.here(step + 1)
             transfer = Transfer(
                 self.cp,
-                [(self.message(current, self.source(step)), self.onward)] if goes else [],
-                [(self.message(following, self.source(step + 1)), self.source(1))] if comes else [],
+                [(current.message, self.onward)] if goes else [],
+                [(following.message, self.source(1))] if comes else [],
                 "keys",
                 self.tag,
             )
-            yield step, *self.opened(current, self.source(step))
+            yield step, current.cut
             transfer.wait()
+            current = following
 
 
-def len_(segment: Any) -> int:
-    """The length of a segment."""
-    return int(segment.length)
+def cutter(*tensors: tuple[torch.Tensor, int]) -> Cut:
+    """Takes positions of tensors, each given with its dimension of the sequence, the same positions only once."""
+    return cache(lambda part: tuple(tensor.narrow(dim, part.start, part.length) for tensor, dim in tensors))
 
 
 # --- forward ------------------------------------------------------------------------------------------------------------
@@ -135,15 +162,18 @@ class Partial:
         )
         self._length = length
         self._found: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._cut: Cut | None = None
 
     def add(self, piece: Piece, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge the result of a piece in."""
         if self._found is None and piece.queries.length == self._length:
             self._found = self._own(out), self._own(lse)
             return
-        whole, whole_lse = self.finished()
-        rows = slice(*piece.queries)
-        merge_(whole[:, rows], whole_lse[:, :, rows], out, lse)
+        if self._cut is None:
+            whole, whole_lse = self.finished()
+            self._cut = cutter((whole, 1), (whole_lse, 2))
+        rows, rows_lse = self._cut(piece.queries)
+        merge_(rows, rows_lse, out, lse)
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The result and its lse."""
@@ -176,12 +206,11 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     going = Ring(prepared, key, value)
     options = {**prepared.options, **prepared.deterministic[0], "return_lse": True}
-    partial = Partial(query, value)
-    for step, keys, values in going.chunks():
+    partial, rows = Partial(query, value), cutter((query, 1))
+    for step, columns in going.chunks():
         for piece in going.pieces(step):
-            rows, columns = slice(*piece.queries), slice(*piece.keys)
             hidden = options_of(piece, mask, prepared.kind.mask, prepared.key_pieces[going.source(step)])
-            found = prepared.adapter.forward(query[:, rows], keys[:, columns], values[:, columns], **options, **hidden)
+            found = prepared.adapter.forward(*rows(piece.queries), *columns(piece.keys), **options, **hidden)
             partial.add(piece, *found)
     out, lse = partial.finished()
     return out.to(query.dtype).contiguous(), lse.contiguous()  # as compiled code has been told
@@ -232,41 +261,41 @@ class Gradients:
 
     def __init__(self, going: Ring) -> None:
         self._ring = going
-        self._buffers = going.buffers(wide(going.key.dtype))
-        self._buffers[0].zero_()
-        self._home: torch.Tensor | None = None
+        self._rooms = going.rooms(wide(going.key.dtype))
+        self._rooms[0].memory.zero_()
+        self._home: Room | None = None
         self._transfer: Transfer | None = None
 
-    def arrived(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def arrived(self, step: int) -> Cut:
         """Where to add what this rank computes for the chunk that is here."""
         self._wait()
-        buffer = self._buffers[step % 2]
-        return self._ring.opened(buffer, self._ring.source(step))
+        return self._ring.chunk(self._rooms[step % 2], step).cut
 
     def pass_on(self, step: int) -> None:
         """Send those of the chunk that is here on, or home where its course ends; receive those of the next."""
         self._wait()  # where nothing was added at this step
         ring, last = self._ring, self._ring.course.last
-        source, coming = ring.source(step), ring.source(step + 1)
+        source, following = ring.source(step), self._rooms[(step + 1) % 2]
         sending, receiving = [], []
         if ring.here(step) and last[source] > 0:
             target = ring.onward if step < last[source] else source
-            sending.append((ring.message(self._buffers[step % 2], source), target))
+            sending.append((ring.chunk(self._rooms[step % 2], step).message, target))
         if step + 1 < ring.rounds and ring.here(step + 1):
-            receiving.append((ring.message(self._buffers[(step + 1) % 2], coming), ring.source(1)))
-        if last[ring.place] == step == 0 and ring.rounds > 1:  # the buffer is needed for others
-            self._home = ring.message(self._buffers[0], ring.place).clone()
+            receiving.append((ring.chunk(following, step + 1).message, ring.source(1)))
+        if last[ring.place] == step == 0 and ring.rounds > 1:  # the room is needed for others
+            self._home = self._room(self._rooms[0].memory.clone())
         elif 0 < last[ring.place] == step:
-            free = self._buffers[(step + 1) % 2] if step + 1 == ring.rounds else torch.empty_like(self._buffers[0])
-            self._home = ring.message(free, ring.place)
-            receiving.append((self._home, (ring.place + step) % ring.places))
+            self._home = following if step + 1 == ring.rounds else self._room(torch.empty_like(following.memory))
+            receiving.append((ring.chunk(self._home, 0).message, (ring.place + step) % ring.places))
         self._transfer = Transfer(ring.cp, sending, receiving, "gradients", ring.tag)
 
-    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def own(self) -> Chunk:
         """Those of this rank's keys and values, complete."""
         self._wait()
-        buffer = self._buffers[0] if self._home is None else self._home
-        return self._ring.opened(buffer, self._ring.place)
+        return self._ring.chunk(self._home or self._rooms[0], 0)
+
+    def _room(self, memory: torch.Tensor) -> Room:
+        return Room(self._ring.key, self._ring.value, memory)
 
     def _wait(self) -> None:
         if self._transfer is not None:
@@ -305,21 +334,18 @@ def _backward(
     going = Ring(prepared, key, value)
     gradients = Gradients(going)
     grad_query = torch.zeros_like(query, dtype=wide(query.dtype), memory_format=torch.contiguous_format)
-    for step, keys, values in going.chunks():
+    rows, grad_rows = cutter((grad_out, 1), (query, 1)), cutter((grad_query, 1))
+    results = cache(lambda part: (out[:, slice(*part)], lse[:, :, slice(*part)].contiguous()))
+    for step, columns in going.chunks():
         for piece in going.pieces(step):
-            rows, columns = slice(*piece.queries), slice(*piece.keys)
             hidden = options_of(piece, mask, prepared.kind.mask, prepared.key_pieces[going.source(step)])
-            found = backward(
-                grad_out[:, rows], query[:, rows], keys[:, columns], values[:, columns],
-                out[:, rows], lse[:, :, rows].contiguous(), **options, **hidden,
-            )  # fmt: skip
-            grad_query[:, rows] += found[0]
-            grad_keys, grad_values = gradients.arrived(step)
-            grad_keys[:, columns] += found[1]
-            grad_values[:, columns] += found[2]
+            found = backward(*rows(piece.queries), *columns(piece.keys), *results(piece.queries), **options, **hidden)
+            sums = *grad_rows(piece.queries), *gradients.arrived(step)(piece.keys)
+            for whole, part in zip(sums, found, strict=True):
+                whole.add_(part)
         gradients.pass_on(step)
-    grad_key, grad_value = gradients.own()
-    return grad_query.to(query.dtype), _as(grad_key, key), _as(grad_value, value)
+    own = gradients.own()
+    return grad_query.to(query.dtype), _as(own.key, key), _as(own.value, value)
 
 
 def _as(grad: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

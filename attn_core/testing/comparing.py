@@ -11,11 +11,12 @@ import torch
 from attn_core.declaration import Approximate, Exact
 from attn_core.errors import AttnError
 from attn_core.running import KernelError
+from attn_core.testing.nearness import assert_near, error_at
 from attn_core.testing.reference import reference
-from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at, rounding
+from attn_core.testing.tolerances import assert_close, bounds, rounding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
@@ -35,8 +36,8 @@ def compare(case: Case, call: Callable[..., Any], *, numerics: Exact | Approxima
         None where the call is right, the refusal where it was refused.
 
     Raises:
-        AssertionError: result, lse or a gradient is off, an input was changed, the result aliases an input, ...; what else the
-            call raises passes through.
+        AssertionError: result, lse or a gradient is off, an input or the gradient of the result was changed, the backward
+            changed a result, two tensors share memory, ...; what else the call raises passes through.
     """
     with torch.inference_mode() if case.mode == "inference" else nullcontext():
         return _compare(case, call, numerics)
@@ -55,12 +56,16 @@ def _compare(case: Case, call: Callable[..., Any], numerics: Exact | Approximate
     expect(f"{case.spoiled}: admitted", holds=case.spoiled is None)
     out, lse = result if case.return_lse else (result, None)
     _check_results(case, built, out, lse)
-    found = _gradients(case, built, out)
-    _check_numbers(case, built, out, lse, found, numerics)
+    grad_out = built.grad_out.to(out.dtype)
+    found = _checked_gradients(case, built, out, lse, grad_out)
+    results = {"result": out, **({} if lse is None else {"lse": lse})}
+    results |= {f"gradient of {name}": tensor for name, tensor in found.items()}
+    _check_numbers(case, built, results, numerics)
     if case.deterministic:
         _check_same_bits(case, built, call, out, found)
     for name, tensor in built.inputs().items():
         expect(f"{name} was changed by the call", holds=_same(before[name], _bits(tensor)))
+    check_own_memory(results, {**built.inputs(), "gradient of the result": grad_out})
     return None
 
 
@@ -134,44 +139,96 @@ def _wanted(built: Built) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in built.inputs().items() if tensor.requires_grad}
 
 
-def _gradients(case: Case, built: Built, out: torch.Tensor) -> dict[str, torch.Tensor]:
+def check_own_memory(results: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Raise an AssertionError where a result or gradient is made of bytes of another, or of something that was given.
+
+    Parts of one storage that do not overlap are allowed: a backward may make its gradients in one piece.
+
+    Example:
+        >>> import torch
+        >>> pair = torch.zeros(2, 4)
+        >>> check_own_memory({"gradient of key": pair[0], "gradient of value": pair[1]}, {"key": torch.zeros(4)})
+    """
+    every = [*given.items(), *results.items()]
+    for place, (name, tensor) in enumerate(every[len(given) :], len(given)):
+        for other, item in every[:place]:
+            expect(f"the {name} shares memory with the {other}", holds=not _overlap(tensor, item))
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not (one.numel() and other.numel()) or _address(one) != _address(other):
+        return False
+    return bool(torch.isin(_bytes(one), _bytes(other)).any())
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Where in its storage each byte of a tensor is."""
+    size = tensor.element_size()
+    first: int = int(tensor.storage_offset()) * size
+    found: torch.Tensor = torch.arange(first, first + size)
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if stride and length > 1:
+            found = (found[:, None] + torch.arange(length) * stride * size).flatten()
+    return found
+
+
+def _checked_gradients(
+    case: Case, built: Built, out: torch.Tensor, lse: torch.Tensor | None, grad_out: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The gradients, of a backward that changes neither what it is given nor what the call returned."""
+    held = {"the result": out, "lse": lse, "the gradient of the result": grad_out}
+    before = {name: _bits(tensor) for name, tensor in held.items()}
+    found = _gradients(case, built, out, grad_out)
+    for name, tensor in held.items():
+        expect(f"{name} was changed by the backward", holds=_same(before[name], _bits(tensor)))
+    return found
+
+
+def _gradients(case: Case, built: Built, out: torch.Tensor, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
     wanted = _wanted(built)
     if not wanted or case.mode != "grad":
         return {}
-    found = torch.autograd.grad(out, list(wanted.values()), built.grad_out.to(out.dtype))
+    found = torch.autograd.grad(out, list(wanted.values()), grad_out)
     return dict(zip(wanted, found, strict=True))
 
 
-def _check_numbers(
-    case: Case,
-    built: Built,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    found: dict[str, torch.Tensor],
-    numerics: Exact | Approximate,
-) -> None:
-    dtype = effective(case)
-    inputs = {name: _given(tensor, case).requires_grad_(name in found) for name, tensor in built.inputs().items()}
+def _check_numbers(case: Case, built: Built, results: dict[str, torch.Tensor], numerics: Exact | Approximate) -> None:
+    for name, tensor in built.inputs().items():
+        gradient = results.get(f"gradient of {name}", tensor)
+        expect(f"dtype of the gradient of {name}: {gradient.dtype}", holds=gradient.dtype == tensor.dtype)
+    close = partial(assert_close, dtype=effective(case))
+    if isinstance(numerics, Approximate):
+        query, key = _given(built.query, case), _given(built.key, case)
+        close = partial(assert_near, error=error_at(numerics, query, key, built.options.get("scale")))
+    for name, (expected, bound) in expectations(case, built, results).items():
+        close(results[name], expected, what=name, bound=bound)
+
+
+def expectations(case: Case, built: Built, names: Collection[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What the reference has, and how far from it an honest kernel may be: of "result", "lse", "gradient of key", ...
+
+    Args:
+        case: the call.
+        built: its tensors and options.
+        names: of what is wanted.
+    """
+    wanted = [name for name in built.inputs() if f"gradient of {name}" in names]
+    inputs = {name: _given(tensor, case).requires_grad_(name in wanted) for name, tensor in built.inputs().items()}
     options = {name: option for name, option in built.options.items() if name not in ("deterministic", "return_lse")}
     if isinstance(options.get("attn_mask"), torch.Tensor):
         options["attn_mask"] = inputs["attn_mask"]
     tensors = inputs["query"], inputs["key"], inputs["value"]
-    expected, expected_lse = reference(*tensors, **options)
-    grad_out = built.grad_out.to(out.dtype) if found else None
+    out, lse = reference(*tensors, **options)
+    dtype = effective(case)
+    grad_out = built.grad_out.to(dtype) if wanted else None
     allowed = bounds(*tensors, grad_out=grad_out, dtype=dtype, **options)
-    close = partial(assert_close, dtype=dtype)
-    if isinstance(numerics, Approximate):
-        close = partial(assert_near, error=error_at(numerics, tensors[0], tensors[1], options.get("scale")))
-    close(out, expected, what="result", bound=allowed.out)
-    if lse is not None:
-        close(lse, expected_lse, what="lse", bound=allowed.lse)
-    if found:
-        wanted = torch.autograd.grad(expected, [inputs[name] for name in found], built.grad_out.to(out.dtype).double())
-        for name, gradient in zip(found, wanted, strict=True):
-            given = built.inputs()[name].dtype
-            expect(f"dtype of the gradient of {name}: {found[name].dtype}", holds=found[name].dtype == given)
-            bound = getattr(allowed, name) + rounding(gradient, given)
-            close(found[name], gradient, what=f"gradient of {name}", bound=bound)
+    found = {"result": (out.detach(), allowed.out), "lse": (lse, allowed.lse)}
+    if grad_out is not None:
+        gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], grad_out.double())
+        for name, gradient in zip(wanted, gradients, strict=True):
+            bound = getattr(allowed, name) + rounding(gradient, built.inputs()[name].dtype)
+            found[f"gradient of {name}"] = (gradient, bound)
+    return {name: item for name, item in found.items() if name in names}
 
 
 def _given(tensor: torch.Tensor, case: Case) -> torch.Tensor:
@@ -190,7 +247,7 @@ def _check_same_bits(
     again = _call(case, built, call)
     again = again[0] if case.return_lse else again
     expect("not the same result twice", holds=torch.equal(out, again))
-    for name, gradient in _gradients(case, built, again).items():
+    for name, gradient in _gradients(case, built, again, built.grad_out.to(again.dtype)).items():
         expect(f"not the same gradient of {name} twice", holds=torch.equal(found[name], gradient))
     if out.numel():
         expect("two results share memory", holds=_address(out) != _address(again))

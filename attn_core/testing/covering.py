@@ -11,7 +11,7 @@ from itertools import chain, combinations, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from random import Random
 
 Row = tuple[int, ...]
@@ -42,14 +42,24 @@ class Covering:
     refused: tuple[Pair, ...]
 
 
-def cover(sizes: Sequence[int], admitted: Callable[[Row], bool], random: Random, *, strength: int = 2) -> Covering:
+def cover(
+    sizes: Sequence[int],
+    admitted: Callable[[Row], bool],
+    random: Random,
+    *,
+    strength: int = 2,
+    plainest: Sequence[Row] | None = None,
+    met: Collection[Pair] = (),
+) -> Covering:
     """Choose rows in which every admitted pair of values meets.
 
     Args:
         sizes: how many values each factor has; value 0 of each is its plainest.
-        admitted: whether a row may be chosen. The row of plainest values must be.
+        admitted: whether a row may be chosen.
         random: where choices among equals come from.
         strength: 2 for pairs, 1 for single values.
+        plainest: rows that are admitted, around which others are looked for; that of values 0 where not given.
+        met: pairs (single values) that are covered without these rows.
 
     Example:
         >>> from random import Random
@@ -58,13 +68,13 @@ def cover(sizes: Sequence[int], admitted: Callable[[Row], bool], random: Random,
         (True, 12)
     """
     every = [pair for group in combinations(range(len(sizes)), strength) for pair in _pairs(group, sizes)]
-    uncovered = dict.fromkeys(every)
+    uncovered = {pair: None for pair in every if pair not in met}
     rows: list[Row] = []
     refused: list[Pair] = []
     for pair in every:
         if pair not in uncovered:
             continue
-        row = _best_row(pair, sizes, admitted, uncovered, random)
+        row = _best_row(pair, plainest or [(0,) * len(sizes)], sizes, admitted, uncovered, random)
         if row is None:
             refused.append(pair)
             del uncovered[pair]
@@ -83,7 +93,12 @@ def _pairs(group: tuple[int, ...], sizes: Sequence[int]) -> Iterable[Pair]:
 
 
 def _best_row(
-    pair: Pair, sizes: Sequence[int], admitted: Callable[[Row], bool], uncovered: dict[Pair, None], random: Random
+    pair: Pair,
+    plainest: Sequence[Row],
+    sizes: Sequence[int],
+    admitted: Callable[[Row], bool],
+    uncovered: dict[Pair, None],
+    random: Random,
 ) -> Row | None:
     found = []
     for _ in range(ATTEMPTS):
@@ -93,7 +108,7 @@ def _best_row(
         if len(found) == CANDIDATES:
             break
     if not found:
-        found = _nearly_plain(pair, sizes, admitted)
+        found = [row for base in plainest for row in _nearly_plain(pair, base, sizes, admitted)]
     strength = len(pair)
     return max(
         found, key=lambda row: sum(item in uncovered for item in combinations(enumerate(row), strength)), default=None
@@ -119,15 +134,16 @@ def _gain(item: tuple[int, int], chosen: dict[int, int], uncovered: dict[Pair, N
     return sum((min(other, item), max(other, item)) in uncovered for other in chosen.items())
 
 
-def _nearly_plain(pair: Pair, sizes: Sequence[int], admitted: Callable[[Row], bool]) -> list[Row]:
-    """Complete a pair with the plainest values, all of them, or all but as few as will do."""
+def _nearly_plain(pair: Pair, base: Row, sizes: Sequence[int], admitted: Callable[[Row], bool]) -> list[Row]:
+    """Complete a pair with a base's values, all of them, or all but as few as will do."""
     fixed = dict(pair)
-    others = [(factor, value) for factor, size in enumerate(sizes) if factor not in fixed for value in range(1, size)]
-    several = chain.from_iterable(combinations(others, count) for count in range(len(sizes) - len(pair) + 1))
+    free = [factor for factor in range(len(sizes)) if factor not in fixed]
+    others = [(factor, value) for factor in free for value in range(sizes[factor]) if value != base[factor]]
+    several = chain.from_iterable(combinations(others, count) for count in range(len(free) + 1))
     distinct = (changes for changes in several if len(dict(changes)) == len(changes))
     for changes in islice(distinct, COMPLETIONS):
-        chosen = {**dict(changes), **fixed}
-        row = tuple(chosen.get(factor, 0) for factor in range(len(sizes)))
+        chosen = {**dict(enumerate(base)), **dict(changes), **fixed}
+        row = tuple(chosen[factor] for factor in range(len(sizes)))
         if admitted(row):
             return [row]
     return []

@@ -16,6 +16,7 @@ from attn_core.loading import refuses_itself
 from attn_core.testing.checking import Check, checks_of
 from attn_core.testing.outcomes import CheckFailed, NotChecked, snippet
 from attn_core.testing.subject import Subject, subject
+from attn_core.testing.surroundings import USUAL, unusual
 
 if TYPE_CHECKING:
     from attn_core.declaration import BackendSpec
@@ -58,7 +59,8 @@ def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> 
         detail = "an earlier check left the device unusable for this process"
         return Outcome(backend=tested.row.name, check=check.identifier, status=NOT_CHECKED, detail=detail)
     start = time.perf_counter()
-    outcome = attempt(partial(check, tested))
+    with unusual(tested.device, USUAL):  # what a check leaves behind is nothing that the next one starts from
+        outcome = attempt(partial(check, tested))
     seconds = time.perf_counter() - start
     told = partial(Outcome, backend=tested.row.name, check=check.identifier, seconds=seconds)
     reason = (excuses or {}).get(check.identifier)

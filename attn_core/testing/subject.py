@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import combinations
+from itertools import chain, combinations, count, islice, product, zip_longest
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from attn_core.testing.comparing import compare
 from attn_core.testing.covering import cover
 from attn_core.testing.drawing import Case
 from attn_core.testing.facing import facts_of
+from attn_core.testing.head_dims import many_head_dims, representative_head_dims
+from attn_core.testing.kinds import ESSENTIAL, kind_of, wished
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.shrinking import shrink
 
 if TYPE_CHECKING:
-    from attn_core.declaration import BackendSpec, Constraints, HeadDims
+    from attn_core.declaration import BackendSpec, Constraints
     from attn_core.facts import Facts
     from attn_core.record import Row
 
@@ -36,8 +38,11 @@ Fragment = Mapping[str, Any]
 """Some fields of a ``Case``."""
 
 PREFERRED = ("float32", "bfloat16", "float16", "float64")
-_HEAD_DIMS = (64, 16, 128, 80, 8, 1, 3, 40, 96, 192, 256)
 _ATTEMPTS = 2000
+_DIMS_COMPILED = 4
+"""How many head dims, beside the largest, are tried where each is compiled for."""
+_KNOWN = 40
+"""How many calls of known kinds are made where a check wants fewer: they take no time to compile."""
 
 
 def _lengths(queries: int, keys: int | None = None) -> Fragment:
@@ -51,8 +56,8 @@ def _windows(*windows: tuple[int, int] | None) -> tuple[Fragment, ...]:
 _ALL = ("query", "key", "value")
 FACTORS: Mapping[str, tuple[Fragment, ...]] = {
     "lengths": (
-        _lengths(16), _lengths(33), _lengths(64), _lengths(130), _lengths(1), _lengths(5, 17), _lengths(1, 70),
-        _lengths(33, 5), _lengths(70, 1), _lengths(7, 130),
+        _lengths(16), _lengths(33), _lengths(64), _lengths(300), _lengths(1), _lengths(5, 17), _lengths(1, 70),
+        _lengths(33, 5), _lengths(70, 1), _lengths(7, 530),
     ),
     "batch": ({"batch": 2}, {"batch": 1}, {"batch": 3}),
     "heads": ({"heads": (2, 2)}, {"heads": (4, 2)}, {"heads": (6, 2)}, {"heads": (4, 1)}, {"heads": (3, 3)}),
@@ -140,10 +145,11 @@ class Subject:
 
     @cached_property
     def alternatives(self) -> tuple[Constraints, ...]:
-        """The alternatives of its declaration that are for this device and for what is installed."""
+        """The alternatives of its declaration for this device, for what is installed, and of dtypes that the kit draws."""
         place = device_facts(self.device)
         found = (item for item in self.spec.alternatives if item.is_for(place["platform"], place["compute_capability"]))
-        return tuple(item for item in found if item.library is None or library_reason(item.library) is None)
+        drawn = (item for item in found if item.dtypes is None or not set(PREFERRED).isdisjoint(item.dtypes))
+        return tuple(item for item in drawn if item.library is None or library_reason(item.library) is None)
 
     def facts(self, case: Case) -> Facts:
         """The facts of a case."""
@@ -162,41 +168,69 @@ class Subject:
     @cached_property
     def factors(self) -> Mapping[str, tuple[Fragment, ...]]:
         """The values of each factor of which a call that is plain otherwise is admitted; the plainest first."""
-        every = {"dtype": self._dtypes(), "dims": self._dims(), **FACTORS}
-        base = self._base(every)
         return {
-            name: (base[name], *(item for item in values if item != base[name] and self._fits(every, base, name, item)))
-            for name, values in every.items()
+            name: (
+                self._bases[0][name],
+                *(item for item in values if item != self._bases[0][name] and self._fits(name, item)),
+            )
+            for name, values in self._every.items()
         }
+
+    @cached_property
+    def _every(self) -> Mapping[str, tuple[Fragment, ...]]:
+        """All values of each factor."""
+        return {"dtype": self._dtypes(), "dims": self._dims(), **FACTORS}
 
     def _dtypes(self) -> tuple[Fragment, ...]:
         declared = {name for item in self.alternatives for name in item.dtypes or ()}
         return tuple({"dtype": name} for name in PREFERRED if name in declared)
 
     def _dims(self) -> tuple[Fragment, ...]:
-        pairs = [pair for item in self.alternatives for pair in representative_head_dims(item.head_dims)]
+        each = [representative_head_dims(item.head_dims) for item in self.alternatives]
+        if self.spec.first_call_compiles:
+            each = [[*found[:_DIMS_COMPILED], *found[-1:]] for found in each]
+        pairs = [pair for found in each for pair in found]
         dims = [dim for dim, value_dim in pairs if dim == value_dim]
         if any(item.value_head_dim for item in self.alternatives):
             pairs += [(dims[0], dims[-1]), (dims[-1], dims[0])] if len(dims) > 1 else []
-        return tuple(
-            {"dim": dim, "value_dim": None if value_dim == dim else value_dim}
-            for dim, value_dim in dict.fromkeys(pairs)
-        )
+        return tuple(map(_dims_fragment, dict.fromkeys(pairs)))
 
-    def _base(self, every: Mapping[str, Sequence[Fragment]]) -> dict[str, Fragment]:
+    @property
+    def many_dims(self) -> Sequence[Fragment]:
+        """Many of the declared head dims, and as many different ones of values where these may differ."""
+        random = self.random("head dims")
+        found = [pair for item in self.alternatives for pair in many_head_dims(item.head_dims, random)]
+        numbers = [dim for dim, value_dim in found if dim == value_dim]
+        if any(item.value_head_dim for item in self.alternatives):
+            found += zip(numbers, random.sample(numbers, len(numbers)), strict=True)
+        return self.admitted(map(_dims_fragment, dict.fromkeys(found)))
+
+    @cached_property
+    def _bases(self) -> tuple[dict[str, Fragment], ...]:
+        """The plainest call that is admitted, and of each alternative that refuses it the plainest that this one admits."""
+        found = [self._base(self.admits)]
+        if found[0] is None:
+            first = self.case(*(values[0] for values in self._every.values()))
+            reasons = "; ".join(refusals(self.spec, self.facts(first)))
+            msg = f"its declaration admits none of the calls that were drawn for it; the plainest is refused: {reasons}"
+            raise CheckFailed(msg)
+        for alternative in self.alternatives if len(self.alternatives) > 1 else ():
+
+            def admits(case: Case, limits: Constraints = alternative) -> bool:
+                return not limits.reasons(self.facts(case)) and self.admits(case)
+
+            if not any(base is not None and admits(self.case(*base.values())) for base in found):
+                found.append(self._base(admits))
+        return tuple(base for base in found if base is not None)
+
+    def _base(self, admits: Callable[[Case], bool]) -> dict[str, Fragment] | None:
         """The plainest call that is admitted: the first values, or as few others as will do."""
-        if not every["dtype"]:
-            declared = sorted({name for item in self.alternatives for name in item.dtypes or ()})
-            msg = f"it declares the dtypes {', '.join(declared)}; this kit draws {', '.join(PREFERRED)}"
-            raise NotChecked(msg)
-        first = {name: values[0] for name, values in every.items()}
-        for changes in self._changes(every):
+        first = {name: values[0] for name, values in self._every.items()}
+        for changes in self._changes(self._every):
             base = {**first, **changes}
-            if self.admits(self.case(*base.values())):
+            if admits(self.case(*base.values())):
                 return base
-        reasons = refusals(self.spec, self.facts(self.case(*first.values())))
-        msg = f"its declaration admits none of the calls that were drawn for it; the plainest is refused: {'; '.join(reasons)}"
-        raise CheckFailed(msg)
+        return None
 
     def _changes(self, every: Mapping[str, Sequence[Fragment]]) -> Iterator[dict[str, Fragment]]:
         single = [(name, value) for name, values in every.items() for value in values[1:]]
@@ -207,14 +241,15 @@ class Subject:
         for _ in range(_ATTEMPTS):
             yield {name: random.choice(values) for name, values in every.items()}
 
-    def _fits(
-        self, every: Mapping[str, Sequence[Fragment]], base: dict[str, Fragment], name: str, value: Fragment
-    ) -> bool:
+    def _fits(self, name: str, value: Fragment) -> bool:
         """Whether a value is admitted in a plain call, or in a plain one but for one other value."""
-        if self.admits(self.case(*{**base, name: value}.values())):
+        if self._admitted_anywhere({name: value}):
             return True
-        others = [(other, item) for other, values in every.items() if other != name for item in values[1:]]
-        return any(self.admits(self.case(*{**base, name: value, other: item}.values())) for other, item in others)
+        others = [(other, item) for other, values in self._every.items() if other != name for item in values[1:]]
+        return any(self._admitted_anywhere({name: value, other: item}) for other, item in others)
+
+    def _admitted_anywhere(self, changes: Mapping[str, Fragment]) -> bool:
+        return any(self.admits(self.case(*{**base, **changes}.values())) for base in self._bases)
 
     def case(self, *fragments: Fragment, **fields: Any) -> Case:
         """Make a case on this device of these fields; a packed one has a batch of one."""
@@ -252,16 +287,17 @@ class Subject:
             Different cases; none where none is admitted.
         """
         random = self.random(f"{varied} {each}")
-        if self.spec.first_call_compiles:
-            return self._drawn_again(random.sample(list(each), len(each)), where)
-        found: dict[Case, None] = {}
         wanted = max(count // 5, 3) if self.quick else max(count, len(each))
+        if self.spec.first_call_compiles:
+            return self._drawn_again(wanted, varied, random.sample(list(each), len(each)), where)
         if wanted < len(each):
             each = random.sample(list(each), len(each))
+        found: dict[Case, None] = {}
+        decks = {name: _dealt(self.factors[name], random) for name in varied}
         for turn in range(8 * max(wanted, len(each))):
-            chosen = {name: random.choice(self.factors[name]) for name in varied}
-            for fragments in ((*chosen.values(),), ()):
-                case = self.case(self.plain_fragment, *fragments, each[turn % len(each)], seed=turn)
+            chosen = [next(deck) for deck in decks.values()]
+            for base, fragments in product(self.plain_fragments, (chosen, ())):
+                case = self.case(base, *fragments, each[turn % len(each)], seed=turn)
                 if self.admits(case) and (where is None or where(case)):
                     found[case] = None
                     break
@@ -269,32 +305,53 @@ class Subject:
                 break
         return list(found)
 
-    def _drawn_again(self, each: Sequence[Fragment], where: Callable[[Case], bool] | None) -> list[Case]:
-        """One call: where each kind takes seconds to compile, one that other checks make too, or else a plain one."""
-        plain = [self.case(self.plain_fragment, item) for item in each]
-        known = (case for case in (self.plain, *self.combinations.cases) if any(_has(case, item) for item in each))
-        for case in (*known, *plain):
-            if self.admits(case) and (where is None or where(case)):
-                return [case]
-        return []
+    def _drawn_again(
+        self, wanted: int, varied: Sequence[str], each: Sequence[Fragment], where: Callable[[Case], bool] | None
+    ) -> list[Case]:
+        """Calls of kinds that are tried anyway, or else one of a kind of its own: where each kind takes seconds to compile."""
+        known = [self.plain] if self.quick else self.combinations.cases
+        free = {field for name in varied for item in self.factors[name] for field in item} | {"seed"}
 
-    def admitted(self, each: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        def laid(case: Case, place: int) -> list[Case]:
+            """The calls that need no other code than this one; those of each place begin elsewhere."""
+            found = []
+            for turn in range(place, place + len(each)):
+                item = each[turn % len(each)]
+                changed = self.case(vars(case), item, seed=turn)
+                if kind_of(changed) == kind_of(case) and _alike(
+                    case, self.case(self.plain_fragment, item), but={*free, *item}
+                ):
+                    found.append(changed)
+            return [item for item in found if self.admits(item) and (where is None or where(item))]
+
+        in_turn = zip_longest(*(laid(case, place) for place, case in enumerate(known)))
+        found = [case for several in in_turn for case in several if case is not None][: max(wanted, _KNOWN)]
+        if found:
+            again = chain.from_iterable([replace(case, seed=case.seed + 100 * n) for case in found] for n in count(0))
+            return list(islice(again, max(min(wanted, _KNOWN), len(found))))
+        plain = (self.case(base, item) for base in self.plain_fragments for item in each)
+        return list(islice((case for case in plain if self.admits(case) and (where is None or where(case))), 1))
+
+    def admitted(self, each: Iterable[Fragment]) -> list[dict[str, Any]]:
         """Those of these fields with which a call that is plain otherwise is admitted."""
-        return [item for item in each if self.admits(self.case(self.plain_fragment, item))]
+        return [dict(item) for item in each if any(self.admits(self.case(base, item)) for base in self.plain_fragments)]
 
-    @cached_property
+    @property
     def plain_fragment(self) -> Fragment:
         """The fields of the plainest call."""
-        merged: dict[str, Any] = {}
-        for values in self.factors.values():
-            merged.update(values[0])
-        return merged
+        return self.plain_fragments[0]
+
+    @cached_property
+    def plain_fragments(self) -> tuple[Fragment, ...]:
+        """The same, and those of the plainest call of each alternative that refuses it."""
+        return tuple({field: value for item in base.values() for field, value in item.items()} for base in self._bases)
 
     @cached_property
     def combinations(self) -> Combinations:
         """Few calls in which all pairs of values meet; all single values, in a quick run or where each kind compiles."""
         factors = self.factors
         strength = 1 if self.quick or self.spec.first_call_compiles else 2
+        essential = self._essential() if strength == 1 else ()
 
         def case(row: tuple[int, ...]) -> Case:
             chosen = (values[n] for values, n in zip(factors.values(), row, strict=True))
@@ -303,9 +360,33 @@ class Subject:
         def admitted(row: tuple[int, ...]) -> bool:
             return self.admits(case(row))
 
-        sizes = [len(values) for values in factors.values()]
-        found = cover(sizes, admitted, self.random("combinations"), strength=strength)
-        return Combinations(tuple(map(case, found.rows)), strength, sum(sizes), found.covered, len(found.refused))
+        met = {
+            ((place, n),)
+            for place, values in enumerate(factors.values())
+            for n, value in enumerate(values)
+            if any(_has(case, value) for case in essential)
+        }
+        plainest = [tuple(values.index(base[name]) for name, values in factors.items()) for base in self._bases]
+        found = cover(
+            [len(values) for values in factors.values()],
+            admitted,
+            self.random("combinations"),
+            strength=strength,
+            plainest=plainest,
+            met=met,
+        )
+        cases = tuple(dict.fromkeys((*essential, *map(case, found.rows))))
+        return Combinations(cases, strength, sum(map(len, factors.values())), found.covered, len(found.refused))
+
+    def _essential(self) -> tuple[Case, ...]:
+        """Calls of the essential kinds, as far as they are admitted."""
+        found: dict[Case, Case] = {}
+        for fields in ESSENTIAL:
+            tries = (self.case(base, item) for item in wished(fields) for base in self.plain_fragments)
+            case = next(filter(self.admits, tries), None)
+            if case is not None:
+                found.setdefault(kind_of(case), case)
+        return tuple(found.values())
 
     def leave_out_if_quick(self) -> None:
         """End the check at the beginning of a quick run: it takes seconds."""
@@ -390,6 +471,22 @@ def _has(case: Case, fragment: Fragment) -> bool:
     return all(getattr(case, name) == value for name, value in fragment.items())
 
 
+def _alike(case: Case, other: Case, but: Collection[str]) -> bool:
+    """Whether they differ in these fields at most."""
+    return all(value == getattr(other, name) for name, value in vars(case).items() if name not in but)
+
+
+def _dealt(values: Sequence[Fragment], random: Random) -> Iterator[Fragment]:
+    """Values in random order, each as often as any other."""
+    while True:
+        yield from random.sample(values, len(values))
+
+
+def _dims_fragment(pair: tuple[int, int]) -> Fragment:
+    dim, value_dim = pair
+    return {"dim": dim, "value_dim": None if value_dim == dim else value_dim}
+
+
 def said_of(alternative: Constraints, ability: str) -> Any:
     """What an alternative says of an ability such as "softcap", or of a kind of mask such as "masks: bool"."""
     kind = ability.removeprefix("masks: ")
@@ -399,25 +496,13 @@ def said_of(alternative: Constraints, ability: str) -> Any:
     return True if isinstance(said, Limits) else said
 
 
+def undrawn(dtypes: Iterable[str]) -> str:
+    """Why nothing is tried of these dtypes."""
+    return f"it declares {', '.join(dtypes)}; this kit makes calls of {', '.join(PREFERRED)} alone"
+
+
 def _told(raised: Raised) -> str:
     return str(raised.error) if isinstance(raised.error, AssertionError) else f"raises {raised}"
-
-
-def representative_head_dims(declared: HeadDims | None) -> list[tuple[int, int]]:
-    """Some (D, Dv) of a declaration: the usual ones, the smallest and the largest, and each pair.
-
-    >>> representative_head_dims(range(8, 257, 8))[:3], representative_head_dims({(192, 128)})
-    ([(64, 64), (16, 16), (128, 128)], [(192, 128)])
-    """
-    if declared is None:
-        numbers = [*_HEAD_DIMS]
-        pairs: list[tuple[int, int]] = []
-    else:
-        given = [item for item in declared if isinstance(item, int)]
-        pairs = sorted(item for item in declared if isinstance(item, tuple))
-        numbers = [dim for dim in _HEAD_DIMS if dim in given]
-        numbers += [dim for dim in sorted({*given[:1], *given[-1:]}) if dim not in numbers]
-    return [*((dim, dim) for dim in numbers), *pairs]
 
 
 def subject(name: str, *, device: str | None = None, seed: int = 0, quick: bool = False) -> Subject:
@@ -441,6 +526,9 @@ def subject(name: str, *, device: str | None = None, seed: int = 0, quick: bool 
         made = Subject(row, place, seed, quick)
         if made.alternatives:
             return made
+    unknown = sorted({name for item in row.spec.alternatives for name in item.dtypes or ()})
+    if set(PREFERRED).isdisjoint(unknown):
+        raise NotChecked(undrawn(unknown))
     if device is not None:
         declared = sorted({name for item in row.spec.alternatives for name in item.platforms or ()})
         msg = f"{row.name} is not for {device}: its declaration has {', '.join(declared)}"

@@ -26,14 +26,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attn_core.testing.reference import reference
-
-if TYPE_CHECKING:
-    from attn_core.declaration import Approximate
 
 SAFETY = 2
 
@@ -260,59 +257,6 @@ def assert_close(
     wrong = ~same & ~(difference <= allowed)
     if bool(wrong.any()):
         raise AssertionError(_worst(what, dtype, found, expected, allowed, wrong))
-
-
-def error_at(numerics: Approximate, query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> float:
-    """The relative error that an approximate backend is held to in a call: what it declares, or in proportion to the scores.
-
-    Example:
-        >>> import torch
-        >>> from attn_core.plugin import Approximate
-        >>> q = torch.ones(1, 2, 1, 4)
-        >>> error_at(Approximate(0.02, scores=1.0), q, q), error_at(Approximate(0.02, scores=1.0), q, 3 * q)
-        (0.02, 0.06)
-    """
-    if numerics.scores is None or not (query.numel() and key.numel()):
-        return numerics.error
-    longest = [float(tensor.detach().double().norm(dim=-1).nan_to_num(posinf=0).max()) for tensor in (query, key)]
-    head_dim = query.shape[-1]
-    size = (head_dim**-0.5 if scale is None else abs(float(scale))) * longest[0] * longest[1] / sqrt(head_dim)
-    return numerics.error * max(1.0, size / numerics.scores)
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor, *, what: str, bound: torch.Tensor, error: float) -> None:
-    """Raise an AssertionError where an approximate backend's result is further from ``expected`` than it may be.
-
-    Its error, as a whole (Frobenius norm), is at most ``error`` times the size of ``expected``, plus rounding. A
-    log-sum-exp is held to ``error`` as a whole, too (root mean square): a relative error of the sum is an absolute one of its
-    log. Infinities, and zeros of queries that see nothing, have to be where they are expected.
-
-    Args:
-        found: of the kernel.
-        expected: of the reference, the same shape.
-        what: what is compared, for the message; "lse" for the log-sum-exp.
-        bound: the honest rounding error of each element.
-        error: the relative error that it is held to, of ``error_at``.
-
-    Example:
-        >>> import torch
-        >>> assert_near(torch.full((4,), 1.01), torch.ones(4), what="result", bound=torch.zeros(4), error=0.02)
-    """
-    found, expected = found.detach().double(), expected.detach().double().to(found.device)
-    finite = expected.isfinite()
-    if not torch.equal(found.isfinite(), finite) or not torch.equal(found[~finite], expected[~finite]):
-        msg = f"{what}: NaN or infinities are not where they are expected"
-        raise AssertionError(msg)
-    found, expected, bound = found[finite], expected[finite], bound.to(found.device).expand(finite.shape)[finite]
-    off, allowed, how = (found - expected).norm(), error * expected.norm() + bound.norm(), "Frobenius norm"
-    if what == "lse":
-        how = "root mean square, beyond rounding"
-        excess = ((found - expected).abs() - bound).clamp(min=0)
-        off, allowed = excess.norm() / max(excess.numel(), 1) ** 0.5, torch.tensor(error)
-    if not bool(off <= allowed):
-        held = f"it is held to a relative error of {error:.3g}"
-        msg = f"{what}: off by {float(off):.3g} ({how}), allowed {float(allowed):.3g}; {held}"
-        raise AssertionError(msg)
 
 
 def _worst(

@@ -10,11 +10,15 @@ import torch
 from attn_core.declaration import Approximate
 from attn_core.errors import CallRefused
 from attn_core.running import KernelError
+from attn_core.testing.comparing import expectations
+from attn_core.testing.nearness import assert_near, error_at
 from attn_core.testing.outcomes import CheckFailed
 from attn_core.testing.reference import reference
-from attn_core.testing.tolerances import assert_close, assert_near, bounds, error_at
+from attn_core.testing.tolerances import assert_close, bounds
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
     from attn_core.testing.subject import Subject
@@ -34,6 +38,54 @@ def tried(subject: Subject, built: Built, **options: Any) -> tuple[torch.Tensor,
     except CallRefused:
         return None
     return found if isinstance(found, tuple) else (found,)
+
+
+def results_and_gradients(subject: Subject, case: Case, built: Built) -> dict[str, torch.Tensor]:
+    """Everything that a call gives, by what it is; nothing where the adapter refuses it when run."""
+    found = tried(subject, built)
+    if found is None:
+        return {}
+    named = dict(zip(("result", "lse"), found, strict=False))
+    if case.gradients:
+        gradients = torch.autograd.grad(found[0], leaves(built, case), built.grad_out.to(found[0].dtype))
+        named |= {f"gradient of {name}": tensor for name, tensor in zip(case.gradients, gradients, strict=True)}
+    return named
+
+
+def steps_of(subject: Subject, case: Case) -> tuple[Callable[[], None], ...]:
+    """Making the call, and then its backward where gradients are asked of it."""
+    built = case.build()
+    held: list[torch.Tensor] = []
+
+    def forward() -> None:
+        held[:] = tried(subject, built) or ()
+
+    def backward() -> None:
+        if held and held[0].requires_grad:
+            torch.autograd.grad(held[0], leaves(built, case), built.grad_out.to(held[0].dtype))
+
+    return (forward, backward) if case.gradients else (forward,)
+
+
+def leaves(built: Built, case: Case) -> list[torch.Tensor]:
+    """The inputs that require a gradient, in the order of the case."""
+    return [built.inputs()[name] for name in case.gradients]
+
+
+def hold(
+    subject: Subject, case: Case, found: Mapping[str, torch.Tensor], when: str, given: Built | None = None
+) -> None:
+    """Fail where results and gradients of ``results_and_gradients`` are not those of the reference.
+
+    Args:
+        subject: the backend.
+        case: the call, as it was meant.
+        found: by what they are; nothing is not held.
+        when: what is special about the call, for the message.
+        given: the tensors and options, where they are not the case's own.
+    """
+    for name, (expected, allowed) in expectations(case, given or case.build(), found).items():
+        within(found[name], expected, allowed, subject, f"{name}, {when},", case)
 
 
 def reference_of(built: Built, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -28,10 +28,10 @@ def lie(check, **changes):
 
     def mark(function):
         name = function.__name__
-        where = f"{__name__}:{name}"
+        where = f"{function.__module__}:{name}"
         backward = name.endswith("_backward")
         LIES[name] = (check, {"backward" if backward else "forward": where, **changes})
-        setattr(sys.modules[__name__], name, function)
+        setattr(sys.modules[function.__module__], name, function)
         return function
 
     return mark
@@ -704,6 +704,189 @@ def heads_beyond_the_fourth_left_out(query, key, value, **options):
         return out * (torch.arange(out.shape[2], device=out.device) < 4)[:, None].to(out.dtype)
 
     return with_out(partial(honest, query, key, value, **options), zeroed)
+
+
+# --- right in one tile of keys, wrong in the next ones ----------------------------------------------------------------------
+
+TILE = 256
+
+
+@lie("masks[key_padding]")
+def padding_not_read_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, KeyPadding):
+        attn_mask = KeyPadding(attn_mask.keep | (torch.arange(key.shape[1], device=key.device) >= TILE))
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[bool]")
+def mask_not_read_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool and attn_mask.shape[3] > TILE:
+        attn_mask = attn_mask | (torch.arange(key.shape[1], device=key.device) >= TILE)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[float]")
+def additive_mask_not_read_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool and attn_mask.shape[3] > TILE:
+        attn_mask = attn_mask.masked_fill(torch.arange(key.shape[1], device=key.device) >= TILE, 0)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[packed]")
+def packed_read_as_one_sequence_beyond_the_first_tile(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, Packed) and key.shape[1] > TILE:
+        attn_mask = None
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+def forgotten_beyond(tile, check, name, option):
+    def kernel(query, key, value, **options):
+        if key.shape[1] > tile:
+            options.pop(option, None)
+        return honest(query, key, value, **options)
+
+    kernel.__name__ = name
+    return lie(check)(kernel)
+
+
+forgotten_beyond(TILE, "window_size", "window_forgotten_beyond_the_first_tile", "window_size")
+forgotten_beyond(TILE, "softcap", "softcap_forgotten_beyond_the_first_tile", "softcap")
+forgotten_beyond(TILE, "causal", "causal_forgotten_beyond_the_first_tile", "causal")
+forgotten_beyond(4096, "long", "window_forgotten_beyond_4096_keys", "window_size")
+forgotten_beyond(4096, "long", "mask_forgotten_beyond_4096_keys", "attn_mask")
+
+
+@lie("scale")
+def negative_scale_taken_for_positive_beyond_the_first_tile(query, key, value, *, scale, **options):
+    return honest(query, key, value, scale=abs(scale) if key.shape[1] > TILE else scale, **options)
+
+
+@lie("gqa")
+def heads_interleaved_beyond_the_first_tile(query, key, value, **options):
+    groups = query.shape[2] // key.shape[2]
+    if key.shape[1] > TILE and groups > 1:
+        key, value = key.repeat(1, 1, groups, 1), value.repeat(1, 1, groups, 1)
+    return honest(query, key, value, **options)
+
+
+@lie("gqa")
+def scale_off_for_one_query_of_wide_groups(query, key, value, *, scale, **options):
+    decoding = query.shape[1] == 1 < key.shape[1] and query.shape[2] // key.shape[2] > 2
+    return honest(query, key, value, scale=1.1 * scale if decoding else scale, **options)
+
+
+@lie("batch")
+def keys_of_the_first_sequence_beyond_512(query, key, value, **options):
+    if key.shape[1] > 512:
+        key = key[:1].expand_as(key)
+    return honest(query, key, value, **options)
+
+
+def scale_off_for_head_dims(name, *dims):
+    def kernel(query, key, value, *, scale, **options):
+        return honest(query, key, value, scale=1.3 * scale if query.shape[3] in dims else scale, **options)
+
+    kernel.__name__ = name
+    return lie("head_dims")(kernel)
+
+
+scale_off_for_head_dims("scale_off_for_a_head_dim_of_32", 32)
+scale_off_for_head_dims("scale_off_for_head_dims_of_24_and_56", 24, 56)
+scale_off_for_head_dims("scale_off_for_a_head_dim_of_224", 224)
+
+
+# --- where each kind of call compiles: few kinds are tried, and each with all that its code serves -----------------------------
+
+
+def compiling(check):
+    return lie(check, first_call_compiles=True)
+
+
+@compiling("causal")
+def compiled_causal_from_the_top_left(query, key, value, *, attn_mask=None, causal=False, **options):
+    if causal and attn_mask is None and query.shape[1] != key.shape[1]:
+        causal, attn_mask = False, torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril()[None, None]
+    return honest(query, key, value, attn_mask=attn_mask, causal=causal, **options)
+
+
+@compiling("cross_lengths")
+def compiled_scale_off_for_one_query(query, key, value, *, scale, **options):
+    one = query.shape[0] == query.shape[1] == 1 < key.shape[1]
+    return honest(query, key, value, scale=1.1 * scale if one else scale, **options)
+
+
+@compiling("gqa")
+def compiled_scale_off_for_one_query_of_wide_groups(query, key, value, *, scale, **options):
+    decoding = query.shape[0] > 1 == query.shape[1] < key.shape[1] and query.shape[2] // key.shape[2] > 2
+    return honest(query, key, value, scale=1.1 * scale if decoding else scale, **options)
+
+
+@compiling("scale")
+def compiled_scale_without_its_sign(query, key, value, *, scale, **options):
+    return honest(query, key, value, scale=abs(scale), **options)
+
+
+@compiling("scale")
+def compiled_scale_of_zero_taken_for_none(query, key, value, *, scale, **options):
+    return honest(query, key, value, scale=scale or query.shape[3] ** -0.5, **options)
+
+
+@compiling("lse")
+def compiled_lse_without_the_mask(query, key, value, *, scale, return_lse=False, **options):
+    out, _ = honest(query, key, value, scale=scale, return_lse=True, **options)
+    return (out, honest(query, key, value, scale=scale, return_lse=True)[1]) if return_lse else out
+
+
+@compiling("window_size")
+def compiled_window_one_narrower_on_the_right(query, key, value, *, window_size=None, **options):
+    if window_size is not None and window_size[1] > 0:
+        window_size = (window_size[0], window_size[1] - 1)
+    return honest(query, key, value, window_size=window_size, **options)
+
+
+@compiling("window_size")
+def compiled_for_the_first_window(query, key, value, *, window_size=None, **options):
+    if window_size is not None:
+        sides = tuple(side >= 0 for side in window_size)
+        window_size = _compiled.setdefault((query.shape, key.shape, query.dtype, sides), window_size)
+    return honest(query, key, value, window_size=window_size, **options)
+
+
+@compiling("softcap")
+def compiled_for_the_first_softcap(query, key, value, *, softcap=None, **options):
+    if softcap is not None:
+        softcap = _compiled.setdefault((query.shape, key.shape, query.dtype), softcap)
+    return honest(query, key, value, softcap=softcap, **options)
+
+
+@compiling("masks[key_padding]")
+def compiled_for_the_first_padding(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, KeyPadding):
+        attn_mask = _compiled.setdefault((attn_mask.keep.shape, "keep"), KeyPadding(attn_mask.keep.clone()))
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@compiling("masks[bool]")
+def compiled_for_the_first_mask(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool:
+        attn_mask = _compiled.setdefault((attn_mask.shape, "bool"), attn_mask.clone())
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@compiling("threads")
+def compiled_state_shared_between_threads(query, key, value, *, scale, **options):
+    _state["compiled"] = scale
+    time.sleep(0.001)
+    return honest(query, key, value, scale=_state["compiled"], **options)
+
+
+@compiling("scale")
+def compiled_gradients_of_the_first_scale_backward(grad_out, query, key, value, out, lse, *, scale, **options):
+    scale = _compiled.setdefault((query.shape, query.dtype, "scale"), scale)
+    return honest_backward(grad_out, query, key, value, out, lse, scale=scale, **options)
+
+
+_compiled = {}
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from attn_core.testing.checking import check
 from attn_core.testing.outcomes import NotChecked
-from attn_core.testing.subject import PREFERRED
+from attn_core.testing.subject import PREFERRED, undrawn
 
 if TYPE_CHECKING:
     from attn_core.declaration import BackendSpec
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 
 def _dtypes(spec: BackendSpec) -> list[str]:
-    return [name for name in PREFERRED if any(name in (item.dtypes or ()) for item in spec.alternatives)]
+    declared = {name for item in spec.alternatives for name in item.dtypes or ()}
+    return [*(name for name in PREFERRED if name in declared), *sorted(declared - set(PREFERRED))]
 
 
 @check("combinations", each=_dtypes)
 def combinations(subject: Subject, dtype: str) -> str:
     """Every two values of options, masks, sizes, strides and modes meet in a call, and each call is right."""
+    if dtype not in PREFERRED:
+        raise NotChecked(undrawn([dtype]))
     cases = [case for case in subject.combinations.cases if case.dtype == dtype]
     if not cases:
         msg = f"it does not declare {dtype} for {subject.device}"

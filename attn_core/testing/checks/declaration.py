@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from attn_core.declaration import Backward, CapabilityRange, Constraints
@@ -14,8 +15,9 @@ from attn_core.facts import PLATFORMS, Facts
 from attn_core.testing.checking import check
 from attn_core.testing.drawing import CHOICES, draw
 from attn_core.testing.facing import facts_of
+from attn_core.testing.head_dims import many_head_dims, representative_head_dims
 from attn_core.testing.outcomes import CheckFailed
-from attn_core.testing.subject import PREFERRED, representative_head_dims
+from attn_core.testing.subject import PREFERRED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +29,32 @@ if TYPE_CHECKING:
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
 """Compute capabilities of GPUs from Turing to Blackwell."""
 DRAWN = 1500
-"""How many calls are drawn to reach what a declaration says."""
+"""How many calls are drawn to reach what a declaration says, at least."""
+MOST = 20 * DRAWN
+"""How many, before it counts as never reached."""
 ABILITIES = (
     "causal", "gqa", "cross_lengths", "value_head_dim", "window_size", "softcap", "dropout", "lse", "deterministic",
     "mask_gradient", "backward",
 )  # fmt: skip
+
+
+def _more(name: str, *values: Any) -> list[Any]:
+    """The choices of a field, more often than not, and these."""
+    return [*CHOICES[name], *CHOICES[name], *CHOICES[name], *values]
+
+
+OPTIONS: Mapping[str, Sequence[Any]] = {
+    **CHOICES,
+    "heads": _more(
+        "heads", (5, 5), (8, 8), (8, 1), (8, 2), (12, 4), (12, 12), (16, 1), (16, 2), (28, 4), (32, 8), (40, 8), (64, 8),
+        (64, 1), (71, 1), (96, 96), (128, 128), (128, 1), (256, 2),
+    ),
+    "window_size": _more(
+        "window_size", (127, 127), (128, 0), (257, -1), (-1, 300), (1024, 1023), (4096, 0), (70000, -1)
+    ),
+    "mask_once": _more("mask_once", *product((False, True), repeat=4)),
+}  # fmt: skip
+"""What facts are drawn from: more than calls are, since no tensor is made of them."""
 
 _PROBE = """
 import json, sys
@@ -88,7 +111,10 @@ def declared_values(subject: Subject) -> str:
     for alternative in subject.spec.alternatives:
         values = dict.fromkeys(_declared_values(alternative))
         bare = _without_rules(alternative)
-        for facts in _drawn_facts(alternative, random, DRAWN):
+        pairs = representative_head_dims(alternative.head_dims)
+        for turn, facts in enumerate(_drawn_facts(alternative, random, MOST, pairs)):
+            if turn >= DRAWN and not values:
+                break
             if bare.reasons(facts):
                 continue
             if alternative.reasons(facts):
@@ -107,7 +133,7 @@ def declared_values(subject: Subject) -> str:
 
 def _declared_values(alternative: Constraints) -> Iterator[tuple[str, Any]]:
     yield from (("platforms", name) for name in sorted(alternative.platforms or ()))
-    yield from (("dtypes", name) for name in sorted(alternative.dtypes or ()) if name in PREFERRED)
+    yield from (("dtypes", name) for name in sorted(alternative.dtypes or ()))
     yield from (("masks", kind) for kind, ability in alternative.mask_abilities.items() if ability)
     yield from (("head_dims", pair) for pair in representative_head_dims(alternative.head_dims))
     if isinstance(alternative.compute_capability, frozenset):
@@ -141,23 +167,24 @@ def _without_rules(alternative: Constraints) -> Constraints:
     )
 
 
-def _drawn_facts(alternative: Constraints, random: Random, count: int) -> Iterator[Facts]:
-    """Facts of drawn calls on the devices of an alternative, here or not, simple ones more often than not."""
-    pairs = representative_head_dims(alternative.head_dims)
+def _drawn_facts(
+    alternative: Constraints, random: Random, count: int, pairs: Sequence[tuple[int, int]]
+) -> Iterator[Facts]:
+    """Facts of drawn calls of these head dims, on the devices of an alternative, here or not; simple ones more often."""
     places = list(_places(alternative))
-    dtypes = [name for name in PREFERRED if name in (alternative.dtypes or ())] or sorted(alternative.dtypes or ())
+    dtypes = sorted(alternative.dtypes or ())
     masks = [kind for kind, ability in alternative.mask_abilities.items() if ability]
     plain: dict[str, Sequence[Any]] = {
         "spoiled": [None], "autocast": [None], "batch": [2], "mode": ["grad"], "amplitude": [1.0], "scale": [None],
-        "mask": masks, "dtype": dtypes if set(dtypes) <= set(PREFERRED) else ["float32"],
+        "mask": masks, "dtype": [name for name in PREFERRED if name in dtypes] or ["float32"],
     }  # fmt: skip
     for turn in range(count):
         dim, value_dim = random.choice(pairs)
-        if alternative.value_head_dim and alternative.head_dims is None and random.random() < 0.3:
-            value_dim = dim + 8
+        if alternative.value_head_dim and random.random() < 0.3:
+            value_dim = dim + 8 if alternative.head_dims is None else random.choice(pairs)[1]
         limits = {**plain, "dim": [dim], "value_dim": [None if value_dim == dim else value_dim]}
-        usual = {name: [values[0]] for name, values in CHOICES.items() if name not in limits and random.random() < 0.5}
-        limits = {**limits, **({"gradients": CHOICES["gradients"]} if "gradients" in usual else {}), **usual}
+        usual = [name for name in OPTIONS if name not in limits and name != "gradients" and random.random() < 0.5]
+        limits = {**OPTIONS, **limits, **{name: OPTIONS[name][:1] for name in usual}}
         case = draw(random.choice, limits)
         changes: dict[str, Any] = dict(random.choice(places))
         changes["dropout"] = random.random() < 0.25
@@ -203,7 +230,8 @@ def rule(subject: Subject, text: str) -> str:
     random = subject.random(text)
     tries = 0
     for alternative in subject.spec.alternatives:
-        for facts in _drawn_facts(alternative, random, 4 * DRAWN):
+        pairs = [*representative_head_dims(alternative.head_dims), *many_head_dims(alternative.head_dims, random)]
+        for facts in _drawn_facts(alternative, random, MOST, pairs):
             tries += 1
             if alternative.reasons(facts) in ([text], [f"backward: {text}"]):
                 _refused_here(subject, facts, text)

@@ -14,8 +14,21 @@ if TYPE_CHECKING:
     from attn_core.testing.subject import Subject
 
 _LENGTHS = tuple(
-    {"queries": queries, "keys": keys} for queries, keys in ((16, None), (5, 17), (33, 5), (1, 70), (130, None))
+    {"queries": queries, "keys": keys}
+    for queries, keys in (
+        (16, None),
+        (300, None),
+        (5, 17),
+        (9, 530),
+        (33, 5),
+        (1, 70),
+        (400, 140),
+        (130, None),
+        (1, 1030),
+    )
 )
+_CALLS = 40
+"""How many calls are about right for a kind of mask; more where each of its forms takes four."""
 _ONCE: tuple[dict[str, Any], ...] = tuple(
     {"mask_once": tuple(once == "1" for once in pattern), "mask_layout": layout}
     for pattern, layout in (
@@ -25,7 +38,7 @@ _ONCE: tuple[dict[str, Any], ...] = tuple(
 )  # fmt: skip
 _DENSE = tuple({**once, "mask_hides": hides} for once in _ONCE for hides in ("some", "rows"))
 FORMS: dict[str, tuple[dict[str, Any], ...]] = {
-    "key_padding": tuple({"mask_hides": hides, "batch": 3} for hides in ("left", "right", "some", "nothing", "everything")),
+    "key_padding": tuple({"mask_hides": hides} for hides in ("left", "right", "some", "nothing", "everything")),
     "packed": ({"batch": 1},),
     "bool": (*_DENSE, {"mask_hides": "everything"}, {"mask_hides": "nothing"}),
     "float": (*_DENSE, {"mask_hides": "far"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"}),
@@ -41,11 +54,14 @@ def declared_masks(spec: BackendSpec) -> Iterable[str]:
 @check("masks", each=declared_masks)
 def masks(subject: Subject, kind: str) -> str:
     """A mask of this kind, in every form, alone and with causal and a window."""
-    each = [{"mask": kind, **form, **lengths} for form in FORMS[kind] for lengths in _LENGTHS]
-    each = subject.random(kind).sample(each, len(each))
-    count = 3 * len(FORMS[kind]) + 5
+    forms = [{"mask": kind, **form} for form in FORMS[kind]]
+    lengths = subject.admitted(_LENGTHS) or [{}]
+    rounds = min(len(lengths), len(lengths) if subject.spec.first_call_compiles else max(4, _CALLS // len(forms)))
+    each = [
+        {**form, **lengths[(place + turn) % len(lengths)]} for turn in range(rounds) for place, form in enumerate(forms)
+    ]
     varied = ("causal", "window_size", "heads", "return_lse", "gradients", "dtype")
-    cases = subject.draw(count, *varied, each=each[: max(count, 12)], where=lambda case: case.mask == kind)
+    cases = subject.draw(max(len(each), _CALLS // 2), *varied, each=each, where=lambda case: case.mask == kind)
     return subject.hold(subject.require(cases, f"masks: {kind}"))
 
 

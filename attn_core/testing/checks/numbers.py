@@ -30,7 +30,7 @@ def magnitudes(subject: Subject) -> str:
 def accumulation(subject: Subject) -> str:
     """Sums over thousands of keys of one sign keep the accuracy of float32."""
     subject.leave_out_if_quick()
-    each: list[dict[str, Any]] = [{"queries": 3, "keys": KEYS}, {"queries": KEYS, "causal": True}, {"queries": KEYS}]
+    each: list[dict[str, Any]] = [{"queries": 12, "keys": KEYS}, {"queries": KEYS, "causal": True}, {"queries": KEYS}]
     admitted = subject.admitted(each)[:1]
     shape = {"batch": 1, "heads": (1, 1)}
     cases = subject.draw(3, "dtype", "return_lse", each=[{**shape, **item} for item in admitted])

@@ -14,9 +14,15 @@ AROUND = ("heads", "return_lse", "gradients")
 
 DIAGONALS = tuple(
     {"queries": queries, "keys": keys}
-    for queries, keys in ((16, None), (5, 17), (33, 5), (1, 70), (70, 1), (130, None), (7, 130), (67, 129))
-)
-WINDOWS = ((3, 0), (2, 1), (0, 0), (-1, 2), (5, -1), (1, 4), (40, 40), (100, 0))
+    for queries, keys in (
+        (16, None), (5, 17), (33, 5), (1, 70), (70, 1), (130, None), (7, 130), (67, 129),
+        (300, None), (9, 530), (140, 400), (400, 140), (1, 1030),
+    )
+)  # fmt: skip
+"""Lengths on both sides of one another, within a block of a kernel and across several."""
+ACROSS = (DIAGONALS[0], *DIAGONALS[-5:])
+"""Lengths of one block, and of several."""
+WINDOWS = ((3, 0), (2, 1), (0, 0), (-1, 2), (5, -1), (1, 4), (40, 40), (100, 0), (260, 130), (-1, 200), (300, -1))
 
 
 @check("results", cheap=True)
@@ -28,8 +34,9 @@ def results(subject: Subject) -> str:
 @check("scale")
 def scale(subject: Subject) -> str:
     """The scale is the one given: none, 0, negative ones and numpy's numbers too."""
-    scales = [{"scale": value} for value in (0.3, 2, 0, -0.5, None, 0.05, 1.0)]
-    return subject.hold(subject.draw(14, "lengths", "dtype", "causal", *AROUND, each=scales))
+    scales = (0.3, 2, 0, -0.5, None, 0.05, 1.0)
+    each = [{**lengths, "scale": value} for value in scales for lengths in ACROSS[:3]]
+    return subject.hold(subject.draw(21, "dtype", "causal", *AROUND, each=each))
 
 
 @check("causal", when=declared("causal"))
@@ -51,16 +58,18 @@ def window_size(subject: Subject) -> str:
 @check("softcap", when=declared("softcap"))
 def softcap(subject: Subject) -> str:
     """Scores are capped before they are masked."""
-    each = [{"softcap": cap, "amplitude": size} for cap in (2.0, 30, 0.5) for size in (1.0, 4.0)]
-    cases = subject.draw(12, "mask", "causal", "scale", "lengths", *AROUND, each=each)
+    caps = [{"softcap": cap, "amplitude": size} for cap in (2.0, 30, 0.5) for size in (1.0, 4.0)]
+    each = [{**lengths, **cap} for cap in caps for lengths in ACROSS]
+    cases = subject.draw(36, "mask", "causal", "scale", "dtype", *AROUND, each=each)
     return subject.hold(subject.require(cases, "softcap"))
 
 
 @check("gqa", when=declared("gqa"))
 def gqa(subject: Subject) -> str:
     """Query head h reads key head h // (Hq / Hkv)."""
-    each = [{"heads": heads} for heads in ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2))]
-    cases = subject.draw(10, "lengths", "mask", "causal", "return_lse", "gradients", each=each)
+    pairs = ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2))
+    each = [{**lengths, "heads": heads} for heads in pairs for lengths in ACROSS]
+    cases = subject.draw(30, "mask", "causal", "dtype", "return_lse", "gradients", each=each)
     return subject.hold(subject.require(cases, "gqa"))
 
 
@@ -74,15 +83,16 @@ def cross_lengths(subject: Subject) -> str:
 @check("value_head_dim", when=declared("value_head_dim"))
 def value_head_dim(subject: Subject) -> str:
     """Values may have another head dim than queries and keys."""
-    each = [item for item in subject.factors["dims"] if item["value_dim"] is not None]
+    each = [item for item in subject.many_dims if item["value_dim"] is not None]
     cases = subject.draw(8, "lengths", "dtype", "causal", *AROUND, each=each) if each else []
     return subject.hold(subject.require(cases, "value_head_dim"))
 
 
 @check("head_dims")
 def head_dims(subject: Subject) -> str:
-    """Every kind of head dim that is declared."""
-    return subject.hold(subject.draw(12, "lengths", "dtype", *AROUND, each=subject.factors["dims"]))
+    """Each head dim that is declared; of a long range, those of many divisors, the ends, and a few others."""
+    each = [item for item in subject.many_dims if item["value_dim"] is None]
+    return subject.hold(subject.draw(12, "lengths", "dtype", *AROUND, each=each or subject.factors["dims"]))
 
 
 @check("lse", when=declared("lse"))

@@ -1,4 +1,4 @@
-"""Nothing is carried from one call into another: caches, threads."""
+"""Nothing is carried from one call into another, or left behind in the process: caches, threads, settings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from attn_core.guard import Raised, attempt
 from attn_core.masks import Description
 from attn_core.probe import devices
 from attn_core.testing.checking import check
+from attn_core.testing.fresh import left_by_first_call
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.subject import Subject
-from attn_core.testing.trying import made, reference_of, tried, within
+from attn_core.testing.surroundings import ONE_HALF, OTHER_HALF, USUAL, left_by
+from attn_core.testing.trying import made, reference_of, steps_of, tried, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +37,7 @@ ROUNDS = 6
 @check("changed-calls")
 def changed_calls(subject: Subject) -> str:
     """Calls of equal shapes and other numbers, dtypes, masks, scales or options, one after another, each get their own result."""
-    shape = {"queries": 24, "keys": None, "batch": 2, "heads": (2, 2)}
+    shape = {"queries": 16, "keys": None, "batch": 2, "heads": (2, 2)}
     varied = ("dtype", "mask", "scale", "causal", "window_size", "softcap", "return_lse", "gradients")
     drawn = subject.draw(18, *varied, each=[{**shape, "mask_hides": "some"}, {**shape, "mask_hides": "right"}])
     again = [case for case in drawn[: len(drawn) // 2] for case in (case, replace(case, seed=case.seed + 1))]
@@ -45,7 +47,7 @@ def changed_calls(subject: Subject) -> str:
 @check("changed-in-place")
 def changed_in_place(subject: Subject) -> str:
     """Tensors and masks that were changed in place since the last call are read as they are now."""
-    cases = subject.draw(12, "mask", "causal", "dtype", "return_lse", each=[{"queries": 20, "keys": None}])
+    cases = subject.draw(12, "mask", "causal", "dtype", "return_lse", each=[{"queries": 16, "keys": None}])
     cases = [case for case in cases if "expanded" not in str((case.layouts, case.mask_layout))]
     for case in cases:
         built = made(case)
@@ -100,7 +102,7 @@ def other_devices(subject: Subject) -> str:
 def threads(subject: Subject) -> str:
     """Several threads call at once, each with tensors and options of its own."""
     varied = ("dtype", "mask", "scale", "causal", "heads", "return_lse")
-    cases = subject.draw(THREADS, *varied, each=[{"queries": length, "keys": None} for length in range(40, 52)])[
+    cases = subject.draw(THREADS, *varied, each=[{"queries": length, "keys": None} for length in (16, *range(40, 51))])[
         :THREADS
     ]
     work = [(case, made(case)) for case in cases]
@@ -152,34 +154,30 @@ def _changing_often() -> Iterator[None]:
 
 @check("global-state")
 def global_state(subject: Subject) -> str:
-    """A call without dropout draws no random numbers, and none changes torch's settings."""
-    cases = subject.draw(4, "mask", "causal", "dtype", "return_lse", "gradients")
+    """A call without dropout, and its backward, leave random numbers and settings of the process as they are."""
+    guarded = not subject.spec.first_call_compiles  # it would compile again where compiled code depends on a setting
+    cases = subject.draw(4, "mask", "causal", "dtype", "return_lse", each=[{"gradients": ()}, {"gradients": ALL}])
     for case in cases:
-        before = _settings()
-        subject.hold([case])
-        random = _random_state(subject.device)  # what is drawn to set up a first call has been
-        subject.hold([case])
-        changed = [name for name, value in _settings().items() if value != before[name]]
-        changed += ["the random state"] * (random != _random_state(subject.device))
-        if changed:
-            msg = f"a call changes {', '.join(changed)} of the process"
-            raise CheckFailed(msg, case)
-    return f"{len(cases)} calls"
+        subject.hold([case])  # what is drawn to set up a first call has been
+        for half in (USUAL, ONE_HALF, OTHER_HALF):
+            left = left_by(steps_of(subject, case), subject.device, half, guarded=guarded)
+            if left:
+                where = "" if half == USUAL else " (in a process whose settings are not the usual ones)"
+                msg = f"a call changes {', '.join(left)}{where}, in {case!r}"
+                raise CheckFailed(msg)
+    return f"{len(cases)} calls, each with usual settings and with two sets of others"
 
 
-def _settings() -> dict[str, Any]:
-    return {
-        "the default dtype": torch.get_default_dtype(),
-        "the grad mode": torch.is_grad_enabled(),
-        "the precision of float32 products": torch.get_float32_matmul_precision(),
-        "whether algorithms are deterministic": torch.are_deterministic_algorithms_enabled(),
-        "the number of threads": torch.get_num_threads(),
-    }
-
-
-def _random_state(device: torch.device) -> list[list[int]]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [state.tolist() for state in (torch.get_rng_state(), *on_device)]
+@check("global-state-at-first")
+def global_state_at_first(subject: Subject) -> str:
+    """Loading it and its first call, in a process of its own, change nothing of that process."""
+    subject.leave_out_if_quick()
+    cases = subject.draw(1, each=[{"gradients": ALL}]) or [subject.plain]
+    left = left_by_first_call(subject, cases[0])
+    if left is not None:
+        msg = f"{left}, in {cases[0]!r}"
+        raise CheckFailed(msg)
+    return "in a process of its own"
 
 
 @check("memory")

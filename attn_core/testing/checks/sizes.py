@@ -8,10 +8,18 @@ from attn_core.testing.checking import check
 from attn_core.testing.trying import made, reference_of, tried, within
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from attn_core.testing.subject import Subject
 
 MANY = 2**16 + 2
-_LENGTHS = (1, 2, 3, 15, 17, 31, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 257, 300)
+_LENGTHS = (1, 2, 3, 15, 17, 31, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 257, 300, 513, 640)
+_SPARSE = ((12, 4500), (4500, 5), (2, 8300), (4500, 70))
+_LONG: tuple[dict[str, Any], ...] = (
+    {"mask": "none"}, {"mask": "key_padding"}, {"mask": "packed"}, {"mask": "bool"}, {"mask": "float"},
+    {"window_size": (700, 60)}, {"window_size": (3, -1)}, {"softcap": 2.0}, {"heads": (4, 2)},
+)  # fmt: skip
+"""What is tried at lengths in the thousands."""
 
 
 @check("lengths")
@@ -25,30 +33,28 @@ def lengths(subject: Subject) -> str:
 
 @check("long")
 def long(subject: Subject) -> str:
-    """Thousands of keys, and thousands of queries."""
-    each = [
-        {
-            "queries": queries,
-            "keys": keys,
-            "batch": 1,
-            "heads": (1, 1),
-            "mask": mask,
-            "causal": causal,
-            "gradients": names,
-        }
-        for queries, keys in ((5, 4500), (2, 8300), (4500, 5), (4500, 70), (4300, None))
-        for mask in ("none", "key_padding", "packed")
-        for causal in (True, False)
-        for names in (("query", "key", "value"), ())
-    ]
-    admitted = subject.admitted(each)
-    chosen: dict[object, dict[str, Any]] = {}
-    for item in admitted:  # for each length one with causal and one without, with gradients where they are admitted
-        chosen.setdefault((item["queries"], item["keys"], item["causal"]), item)
-    each = [item for item in chosen.values() if item["keys"] is not None or not (subject.quick or item["causal"])]
+    """Thousands of keys, and thousands of queries: plain ones, of each kind of mask, with windows, softcap and GQA."""
+    sparse = subject.admitted({"queries": queries, "keys": keys} for queries, keys in _SPARSE)
+    both = (True, False)
+    each = [item for lengths in sparse for causal in both for item in _first(subject, _LONG[0], lengths, (causal,))]
+    for turn, option in enumerate(_LONG[1:]):
+        for place, lengths in enumerate(sparse[:2] or [{"queries": 1100, "keys": None}]):
+            each += _first(subject, option, lengths, both if (turn + place) % 2 else both[::-1])
+    if not subject.quick:
+        square = {"queries": 4300, "keys": None}
+        each += [item for option in _LONG for item in _first(subject, option, square, both[::-1])][:1]
     if not each:
         return "it admits no plain call"
     return subject.hold(subject.draw(len(each), "return_lse", each=each))
+
+
+def _first(
+    subject: Subject, option: dict[str, Any], lengths: dict[str, Any], causal: Iterable[bool]
+) -> list[dict[str, Any]]:
+    """The first such call that is admitted, with gradients rather than without; none where none is."""
+    shape = {"batch": 1, "heads": (1, 1), **option, **lengths}
+    names = (("query", "key", "value"), ())
+    return subject.admitted({**shape, "causal": one, "gradients": given} for one in causal for given in names)[:1]
 
 
 @check("each-key")
@@ -76,8 +82,12 @@ def each_key(subject: Subject) -> str:
 @check("batch")
 def batch(subject: Subject) -> str:
     """Any batch and any number of heads."""
-    each = [{"batch": batch, "heads": (heads, heads)} for batch, heads in ((1, 1), (5, 1), (1, 5), (3, 7), (9, 2))]
-    return subject.hold(subject.draw(10, "dtype", "mask", "return_lse", "gradients", each=each))
+    each = [
+        {"batch": batch, "heads": (heads, heads), **lengths}
+        for batch, heads in ((1, 1), (5, 1), (1, 5), (3, 7), (9, 2))
+        for lengths in ({}, {"queries": 9, "keys": 530}, {"queries": 140, "keys": 400})
+    ]
+    return subject.hold(subject.draw(15, "dtype", "mask", "return_lse", "gradients", each=each))
 
 
 @check("many-heads")

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core.testing.checking import check, declared
-from attn_core.testing.comparing import expect
-from attn_core.testing.trying import made, reference_of, tried, within
+from attn_core.testing.comparing import check_own_memory, expect, expectations
+from attn_core.testing.trying import results_and_gradients, within
 
 if TYPE_CHECKING:
     from attn_core.testing.drawing import Case
     from attn_core.testing.subject import Subject
 
+ALL = ("query", "key", "value")
 LAYOUTS = ("transposed", "sliced", "last strided", "expanded batch", "expanded keys", "offset", "contiguous")
 
 
@@ -45,35 +46,40 @@ def inputs_untouched(subject: Subject) -> str:
 
 @check("aliasing")
 def aliasing(subject: Subject) -> str:
-    """What is returned shares memory neither with an input nor with an earlier result."""
-    for case in subject.draw(4, "dtype", "causal", "return_lse"):
-        first, second = made(case), made(case, seed=case.seed + 1)
-        held = tried(subject, first)
-        if held is None:
-            continue
-        before = [tensor.clone() for tensor in held]
-        tried(subject, second)
-        for name, kept, found in zip(("result", "lse"), before, held, strict=False):
-            expect(f"{name} was changed by a later call", holds=torch.equal(kept, found))
-    return subject.hold(subject.draw(4, "lengths", "heads", "return_lse", each=[{"queries": 1, "keys": 1}, {}]))
+    """Results and gradients share memory neither with what was given, nor with each other, nor with those of another call."""
+    cases = subject.draw(4, "dtype", "causal", "return_lse")
+    cases += subject.draw(3, "dtype", "mask", each=[{"gradients": ALL}], where=lambda case: bool(case.gradients))
+    for case in cases:
+        first, second = case.build(), replace(case, seed=case.seed + 1).build()
+        held = results_and_gradients(subject, case, first)
+        before = {name: tensor.clone() for name, tensor in held.items()}
+        later = results_and_gradients(subject, case, second) if held else {}
+        for name, tensor in before.items():
+            expect(f"the {name} was changed by a later call, in {case!r}", holds=torch.equal(tensor, held[name]))
+        check_own_memory({f"{name} of a later call": tensor for name, tensor in later.items()}, held)
+    one: dict[str, Any] = {"queries": 1, "keys": 1}
+    each = [one, {}, {**one, "gradients": ALL}, {"gradients": ALL}]
+    return subject.hold([*cases, *subject.draw(6, "lengths", "heads", "return_lse", each=each)])
+
+
+def _has_neighbours(case: Case) -> bool:
+    return case.batch == 3 and "expanded" not in str((case.layouts, case.mask_layout))
 
 
 @check("neighbours")
 def neighbours(subject: Subject) -> str:
-    """The result of one sequence of a batch does not depend on the others."""
-    cases = subject.draw(6, "mask", "causal", "lengths", "dtype", "return_lse", each=[{"batch": 3}])
-    cases = [case for case in cases if case.batch == 3 and "expanded" not in str((case.layouts, case.mask_layout))]
+    """The result of one sequence of a batch, and its gradients, do not depend on the others."""
+    each: list[dict[str, Any]] = [{"batch": 3}, {"batch": 3, "gradients": ALL}]
+    cases = subject.draw(8, "mask", "causal", "lengths", "dtype", "return_lse", each=each, where=_has_neighbours)
     for case in cases:
-        built = made(case)
-        for tensor in (built.query, built.key, built.value):
-            tensor[0] = 300.0
-            tensor[2] = torch.nan
-        found = tried(subject, built)
-        if found is None:
-            continue
-        expected, allowed = reference_of(made(case), case)
-        for name, result in zip(("out", "lse"), found, strict=False):
-            within(result[1], expected[name][1], allowed[name][1], subject, f"{name} of the second sequence", case)
+        built = case.build()
+        with torch.no_grad():
+            for tensor in (built.query, built.key, built.value):
+                tensor[0] = 300.0
+                tensor[2] = torch.nan
+        found = results_and_gradients(subject, case, built)
+        for name, (expected, allowed) in expectations(case, case.build(), found).items():
+            within(found[name][1], expected[1], allowed[1], subject, f"{name} of the second sequence", case)
     return f"{len(cases)} calls beside neighbours of NaN and of 300"
 
 
@@ -83,14 +89,17 @@ def _can_be_one(case: Case) -> bool:
 
 @check("same-tensor", when=declared("causal"))
 def same_tensor(subject: Subject) -> str:
-    """One tensor may be query, key and value at once."""
-    cases = subject.draw(3, "dtype", each=[{"causal": True, "value_dim": None}], where=_can_be_one)
+    """One tensor may be query, key and value at once; its gradient is the sum of theirs."""
+    each = [{"causal": True, "value_dim": None, "gradients": names} for names in ((), ("query",))]
+    cases = subject.draw(4, "dtype", each=each, where=_can_be_one)
     for case in cases:
-        built = made(case)
+        built = case.build()
         built = replace(built, key=built.query, value=built.query)
-        found = tried(subject, built)
-        if found is None:
-            continue
-        expected, allowed = reference_of(built, case)
-        within(found[0], expected["out"], allowed["out"], subject, "result", case)
+        found = results_and_gradients(subject, case, built)
+        expected = expectations(case, built, (*found, *(f"gradient of {name}" for name in ALL if case.gradients)))
+        if "gradient of query" in found:
+            gradients, bounds = zip(*(expected.pop(f"gradient of {name}") for name in ALL), strict=True)
+            expected["gradient of query"] = torch.stack(gradients).sum(0), torch.stack(bounds).sum(0)
+        for name, (exact, allowed) in expected.items():
+            within(found[name], exact, allowed, subject, name, case)
     return f"{len(cases)} calls"

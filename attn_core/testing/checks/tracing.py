@@ -10,11 +10,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_core.guard import Raised, attempt
+from attn_core.testing.building import Built
 from attn_core.testing.checking import check, declared
 from attn_core.testing.comparing import expect
 from attn_core.testing.outcomes import CheckFailed
+from attn_core.testing.plans import held_to_plan
 from attn_core.testing.reference import reference
-from attn_core.testing.trying import made, reference_of, tried, within
+from attn_core.testing.trying import made, reference_of, results_and_gradients, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,16 +43,17 @@ def _traced_cases(subject: Subject, count: int, *varied: str, each: Sequence[Any
 
 @check("compile", when=_compiles)
 def compiled(subject: Subject) -> str:
-    """Traced with ``torch.compile(fullgraph=True)``, forward and backward, results stay what they are."""
+    """Traced with ``torch.compile(fullgraph=True)``, results stay what they are, and each operator returns what was planned."""
     shape = {"queries": 33, "keys": None}
     each: list[dict[str, Any]] = [{**shape, "causal": True, "gradients": ALL}, {**shape, "return_lse": True}, shape]
     each += [{**shape, "mask": kind, "gradients": ALL} for kind in ("key_padding", "bool", "float")]
     each += [{**shape, "mask": "packed"}, {**shape, "window_size": (3, 0), "softcap": 5.0}, {"queries": 5, "keys": 17}]
+    each += [{**shape, "layouts": ("transposed",) * 3, "gradients": names} for names in ((), ALL)]
     each = each[:1] if subject.quick else subject.admitted(each)
     cases = _traced_cases(subject, len(each), "scale", "dtype", "heads", each=each)
     for case in cases:
         torch.compiler.reset()
-        subject.hold([case], torch.compile(subject.call, fullgraph=True, dynamic=False, backend="aot_eager"))
+        subject.hold([case], torch.compile(subject.call, fullgraph=True, dynamic=False, backend=held_to_plan))
     torch.compiler.reset()
     return f"{len(cases)} calls"
 
@@ -63,7 +66,7 @@ def compiled_for_any_length(subject: Subject) -> str:
     cases = _traced_cases(subject, 3, each=[{**item, "gradients": names} for names in ((), ALL) for item in each])
     cases += _traced_cases(subject, 3, each=[{**item, "causal": True} for item in each])
     torch.compiler.reset()
-    return subject.hold(cases, torch.compile(subject.call, fullgraph=True, dynamic=True, backend="aot_eager"))
+    return subject.hold(cases, torch.compile(subject.call, fullgraph=True, dynamic=True, backend=held_to_plan))
 
 
 class _Model(torch.nn.Module):
@@ -104,30 +107,34 @@ def exported(subject: Subject) -> str:
 
 @check("fake-tensors", when=_compiles)
 def fake_tensors(subject: Subject) -> str:
-    """With fake tensors, shapes, dtypes and devices are those of the real results."""
+    """With fake tensors, shapes, dtypes and devices are those of the real results and gradients."""
     each: list[dict[str, Any]] = [{"mask": "none", "queries": 5, "keys": 17}, {"mask": "none", "heads": (4, 2)}]
     each += [{"mask": "none", "causal": causal, "return_lse": True} for causal in (True, False)]
     each += [{"mask": kind, "queries": 3, "keys": keys} for kind in ("bool", "float") for keys in (None, 7)]
     each = subject.admitted(each)
     cases = _traced_cases(subject, len(each), each=each)
     cases += _traced_cases(subject, 2 * len(each), "causal", "dims", "dtype", "return_lse", each=each)
+    cases += _traced_cases(subject, 4, "heads", "lengths", "layouts", each=[{"mask": "none", "gradients": ALL}])
     cases = [case for case in cases if case.mask in ("none", "bool", "float")]
     for case in cases:
-        built = made(case)
-        real = tried(subject, built)
-        if real is None:
+        real = results_and_gradients(subject, case, case.build())
+        if not real:
             continue
-        mode = FakeTensorMode()
-        fakes = {name: mode.from_tensor(tensor) for name, tensor in built.inputs().items()}
-        options = {name: fakes.get(name, item) for name, item in built.options.items()}
-        with mode:
-            found = subject.call(fakes["query"], fakes["key"], fakes["value"], **options)
-        found = found if isinstance(found, tuple) else (found,)
-        expect(f"{len(found)} fake results, {len(real)} real ones, in {case!r}", holds=len(found) == len(real))
-        for name, fake, true in zip(("result", "lse"), found, real, strict=False):
-            kinds = [(tuple(item.shape), item.dtype, item.device) for item in (fake, true)]
+        with FakeTensorMode() as mode:
+            fake = results_and_gradients(subject, case, _faked(case.build(), mode))
+        expect(
+            f"fake are the {', '.join(fake)}, real the {', '.join(real)}, in {case!r}", holds=fake.keys() == real.keys()
+        )
+        for name, tensor in real.items():
+            kinds = [(tuple(item.shape), item.dtype, item.device) for item in (fake[name], tensor)]
             expect(f"the fake {name} is {kinds[0]}, the real one {kinds[1]}, in {case!r}", holds=kinds[0] == kinds[1])
     return f"{len(cases)} calls"
+
+
+def _faked(built: Built, mode: FakeTensorMode) -> Built:
+    fakes = {name: mode.from_tensor(tensor) for name, tensor in built.inputs().items()}
+    options = {name: fakes.pop(name, item) for name, item in built.options.items()}
+    return Built(**fakes, options=options, grad_out=mode.from_tensor(built.grad_out))
 
 
 @check("vmap", when=declared("vmap"))

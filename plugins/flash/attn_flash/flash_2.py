@@ -152,9 +152,10 @@ def _as_packed(query: torch.Tensor, key: torch.Tensor) -> Starts:
 def _bounds(starts: Starts, options: Options) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """Bounds of the lengths, which is all that the kernel needs them for.
 
-    At most one query per sequence would make the kernel take every sequence to have one.
+    At most one query per sequence would make the kernel take every sequence to have one; where no sequence has a key, the
+    backward would start a grid of no blocks, which is an error of CUDA.
     """
-    longest_q, longest_k = max(starts.max_seqlen_q, 2), starts.max_seqlen_k
+    longest_q, longest_k = max(starts.max_seqlen_q, 2), max(starts.max_seqlen_k, 1)
     if options.right != 0 and options.diagonal:
         longest_k = longest_k + longest_q
     return starts.cu_seqlens_q, starts.cu_seqlens_k, longest_q, longest_k

@@ -1,21 +1,26 @@
 """Adapter of flash-attn 4 (``flash_attn.cute``), written against 4.0.0b36.
 
-Its public functions are called in eager code. They can't be traced, so in traced code two operators made here stand for
-them. An unlimited side of a window is None there, -1 being a number. lse is natural, and -inf where a query sees nothing.
+What its public functions call is called: they would make a graph of their own, which costs as much as this adapter. It can't be
+traced, so in traced code two operators made here stand for it. An unlimited side of a window is None there, -1 being a number.
+lse is natural, and -inf where a query sees nothing.
+
+Its tiles of keys read on beyond a packed sequence, and what they read there is weighed with 0, which leaves NaN what it is. So
+key padding is not packed: the kept keys of a sequence go to its front, and ``seqused_k`` says how many they are.
 """
 
 from __future__ import annotations
 
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
-from flash_attn.cute.interface import _flash_attn_bwd
+from flash_attn.cute import flash_attn_func
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch.nn.functional import pad
 
-from attn_core.masks import traced
+from attn_core.masks import KeyPadding, traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
+from attn_core.packing import Front, front, keeps_diagonals
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -36,7 +41,11 @@ def forward(
 ) -> Any:
     """Attention by flash-attn 4; see ``attn_core.attention`` for the meaning of the arguments."""
     options = options_of(scale, causal, window_size, softcap)
-    return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
+    moved = None if attn_mask is None else _moved(attn_mask, options)
+    if moved is None:
+        return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
+    keys, values = moved.keys(key), moved.keys(value)
+    return attend(_Kernel(moved.lengths), query, keys, values, None, options, return_lse=return_lse)
 
 
 def backward(
@@ -56,10 +65,27 @@ def backward(
 ) -> Tensors:
     """Gradients of query, key and value; ``out`` and ``lse`` may be those of a longer key sequence."""
     options = options_of(scale, causal, window_size, softcap, deterministic=deterministic)
-    return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
+    moved = _moved(attn_mask, options)
+    if moved is None:
+        return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
+    keys, values = moved.keys(key), moved.keys(value)
+    kernel = _Kernel(moved.lengths)
+    dq, dk, dv = differentiate(kernel, grad_out, query, keys, values, out, lse, None, options)
+    return dq, moved.unpack_keys(dk), moved.unpack_keys(dv)
 
 
-class _Kernel:
+def _moved(attn_mask: Mask, options: Options) -> Front | None:
+    """How keys go to the front, where they do: not where a diagonal would move."""
+    if type(attn_mask) is not KeyPadding or (options.diagonal and not keeps_diagonals(attn_mask)):
+        return None
+    return front(attn_mask)
+
+
+class _Kernel(NamedTuple):
+    """The library; ``lengths``, of a dense call, says how many keys of each sequence are real, the first ones."""
+
+    lengths: torch.Tensor | None = None
+
     def widths(self, head_dim: int, value_head_dim: int, device: torch.device) -> tuple[int, int]:
         """One width, which the backward with grouped queries wants; on Blackwell there is none between 128 and 256."""
         width = max(head_dim, value_head_dim)
@@ -79,10 +105,9 @@ class _Kernel:
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Result and lse."""
-        given = (*(starts or _DENSE), options.scale, options.causal, options.left, options.right, options.softcap)
         if not traced(query):
-            return _run(query, key, value, *given, return_lse=return_lse)
-        out, lse = _FORWARD(query, key, value, *given)
+            return _run(query, key, value, self.lengths, starts, options, return_lse=return_lse)
+        out, lse = _FORWARD(query, key, value, *_flat(self.lengths, starts, options))
         return out, lse
 
     def backward(
@@ -103,9 +128,11 @@ class _Kernel:
         """
         width = query.shape[-1]
         grad_out, query, key, value, out = (_widened(item) for item in (grad_out, query, key, value, out))
-        given = (*(starts or _DENSE), options.scale, options.causal, options.left, options.right, options.softcap)
-        run: Any = _BACKWARD if traced(query) else _run_backward
-        dq, dk, dv = run(grad_out, query, key, value, out, lse, *given, options.deterministic)
+        tensors = (grad_out, query, key, value, out, lse)
+        if traced(query):
+            dq, dk, dv = _BACKWARD(*tensors, *_flat(self.lengths, starts, options), options.deterministic)
+        else:
+            dq, dk, dv = _run_backward(*tensors, self.lengths, starts, options)
         return dq[..., :width], dk[..., :width], dv[..., :width]
 
 
@@ -121,7 +148,6 @@ def _check_library() -> None:
 
 _check_library()
 KERNEL = _Kernel()
-_DENSE = (None, None, None, None)
 
 
 def _major(device: torch.device) -> int:
@@ -141,30 +167,24 @@ def _run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
+    lengths: torch.Tensor | None,
+    starts: Starts | None,
+    options: Options,
     *,
     return_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
-    if left >= 0 or (right >= 0 and not causal):
-        options["window_size"] = (_side(left), _side(right))
-    if cu_seqlens_q is None:
-        out, lse = flash_attn_func(query, key, value, **options)
-    else:
-        out, lse = flash_attn_varlen_func(
-            query, key, value,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-            **options,
-        )  # fmt: skip
-    return out, lse
+    scale, causal, left, right, softcap = options[:5]
+    given: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
+    if left >= 0:
+        given["window_size_left"] = left
+    if right >= 0 and not causal:
+        given["window_size_right"] = right
+    if starts is not None:
+        given |= starts._asdict()
+    elif lengths is not None:
+        given["seqused_k"] = lengths
+    found = _flash_attn_fwd(query, key, value, **given)
+    return found[0], found[1]
 
 
 def _run_backward(
@@ -174,23 +194,15 @@ def _run_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
-    deterministic: bool,
+    lengths: torch.Tensor | None,
+    starts: Starts | None,
+    options: Options,
 ) -> Tensors:
+    places: dict[str, Any] = {"seqused_k": lengths} if starts is None else starts._asdict()
     dq, dk, dv = _flash_attn_bwd(
         query, key, value, out, grad_out, lse,
-        softmax_scale=scale, causal=causal, softcap=softcap,
-        window_size_left=_side(left), window_size_right=None if causal else _side(right),
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
+        softmax_scale=options.scale, causal=options.causal, softcap=options.softcap, deterministic=options.deterministic,
+        window_size_left=_side(options.left), window_size_right=None if options.causal else _side(options.right), **places,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -198,9 +210,19 @@ def _run_backward(
 # --- operators for traced code ------------------------------------------------------------------------------------------
 
 _GIVEN = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "Tensor? seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "float scale, bool causal, SymInt left, SymInt right, float softcap"
 )
+
+
+def _flat(lengths: torch.Tensor | None, starts: Starts | None, options: Options) -> tuple[Any, ...]:
+    """What an operator is given of them, in the order of its schema."""
+    return (lengths, *(starts or (None,) * 4), *options[:5])
+
+
+def _unflat(given: tuple[Any, ...], **others: Any) -> tuple[torch.Tensor | None, Starts | None, Options]:
+    starts = None if given[1] is None else Starts(*given[1:5])
+    return given[0], starts, Options(*given[5:10], **others)
 
 
 @torch.library.custom_op(
@@ -208,9 +230,9 @@ _GIVEN = (
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_GIVEN}) -> (Tensor, Tensor)",
 )
-def _FORWARD(*given: Any) -> Any:  # noqa: N802 - an operator
+def _FORWARD(query: Any, key: Any, value: Any, *given: Any) -> Any:  # noqa: N802 - an operator
     with torch.no_grad():
-        return _run(*given)
+        return _run(query, key, value, *_unflat(given))
 
 
 @_FORWARD.register_fake
@@ -225,8 +247,10 @@ def _(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *__: Any) -> tu
     schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_GIVEN}, "
     "bool deterministic) -> (Tensor, Tensor, Tensor)",
 )
-def _BACKWARD(*given: Any) -> Any:  # noqa: N802 - an operator
-    return _run_backward(*given)
+def _BACKWARD(  # noqa: N802 - an operator
+    grad_out: Any, query: Any, key: Any, value: Any, out: Any, lse: Any, *given: Any
+) -> Any:
+    return _run_backward(grad_out, query, key, value, out, lse, *_unflat(given, deterministic=given[-1]))
 
 
 @_BACKWARD.register_fake

@@ -63,6 +63,11 @@ _FLASH_RULES = (
         lambda facts: facts.softcap and facts.dropout,
     ),
     Rule(
+        "softcap excludes return_lse: the kernel takes tanh to 11 bits (tanh.approx), which a result in half precision hides and "
+        "a float32 lse does not; use native_math",
+        lambda facts: facts.softcap and facts.return_lse,
+    ),
+    Rule(
         "dropout excludes return_lse: the library returns the lse only beside all probabilities, a tensor of (Sq, Skv)",
         lambda facts: facts.dropout and facts.return_lse,
     ),

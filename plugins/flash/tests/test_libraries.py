@@ -101,7 +101,7 @@ def test_the_early_flash_4_that_flash_2_carries_is_told_apart(site):
     files = {
         "flash_attn/__init__.py": "",
         "flash_attn/cute/__init__.py": early,
-        "flash_attn/cute/interface.py": "def _flash_attn_bwd(): ...\n",
+        "flash_attn/cute/interface.py": "def _flash_attn_bwd(): ...\n_flash_attn_fwd = _flash_attn_bwd\n",
     }
     assert "flash_attn.cute is not that of flash-attn-4 but the early one" in loaded(site, "attn_flash.flash_4", files)
 
@@ -188,13 +188,14 @@ def test_padding_is_left_out_of_the_work(library):
     query = half(2, 6, 2, 16)
     keep = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     attention(query, query, query, attn_mask=KeyPadding(keep), backend="flash_4_standin")
-    assert library == [(True, (12, 2, 16), (4, 2, 16))]
+    assert library == [("dense", (2, 6, 2, 16), (2, 2, 2, 16))]
 
 
 @pytest.mark.parametrize(
-    ("left", "form"), [(True, (True, (12, 2, 16), (5, 2, 16))), (False, (False, (2, 6, 2, 24), (2, 6, 2, 24)))]
+    ("left", "form"),
+    [(True, ("dense", (2, 6, 2, 16), (2, 3, 2, 16))), (False, ("dense", (2, 6, 2, 24), (2, 6, 2, 24)))],
 )
-def test_a_diagonal_over_padding_is_packed_where_that_moves_nothing(library, left, form):
+def test_a_diagonal_over_padding_leaves_out_work_where_that_moves_nothing(library, left, form):
     query = half(2, 6, 2, 16)
     keep = torch.zeros(2, 6, dtype=torch.bool)
     keep[0, 3 if left else 0 :][: 6 if left else 3] = True
@@ -208,7 +209,7 @@ def test_indices_are_made_once(library, monkeypatch):
 
     made = []
     monkeypatch.setattr(
-        packing, "_pack", lambda *given, whole=packing._pack, **more: made.append(1) or whole(*given, **more)
+        packing, "_front", lambda *given, whole=packing._front, **more: made.append(1) or whole(*given, **more)
     )
     query, padding = half(1, 6, 2, 16), KeyPadding(torch.tensor([[True] * 3 + [False] * 3]))
     for _ in range(3):
@@ -276,6 +277,62 @@ def test_hidden_keys_get_no_gradient_where_lengths_could_not_be_read(name, monke
         assert not tensor.grad[~keep].any()
     assert value.grad[keep].all()
     assert not query.grad[1].any()
+
+
+def spoiled(sequence, *tensors):
+    for tensor in tensors:
+        tensor.data[sequence] = torch.nan
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_4_gives_no_sequence_of_a_padded_batch_the_nan_of_another(readable, causal, monkeypatch):
+    from attn_core import packing
+
+    if not readable:
+        monkeypatch.setattr(packing, "_readable", lambda _: False)
+    tensors = [half(4, 5, 2, 16).requires_grad_() for _ in range(3)]
+    keep = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
+    spoiled(1, *tensors)
+    if readable or not causal:  # else padding is hidden by columns, and stays where it is
+        spoiled(2, *tensors[1:])
+    if not causal:
+        keep[3] = keep[3].flip(0)
+    out = attention(*tensors, attn_mask=KeyPadding(keep), causal=causal, backend="flash_4_standin")
+    grad_out = torch.ones_like(out)
+    spoiled(1, grad_out)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    for row in (0, 2, 3):
+        alone = [item[row : row + 1].detach().nan_to_num(0).requires_grad_() for item in tensors]
+        mask = KeyPadding(keep[row : row + 1])
+        expected = attention(*alone, attn_mask=mask, causal=causal, backend="native_math")
+        torch.testing.assert_close(out[row : row + 1], expected, atol=0.02, rtol=0.02)
+        for grad, due in zip(grads, torch.autograd.grad(expected.sum(), alone), strict=True):
+            torch.testing.assert_close(grad[row : row + 1], due, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("place", "reached"), [("v", ["out", "dq"]), ("k", ["dq"]), ("q", ["dk", "dv"]), ("go", ["dk", "dv"])]
+)
+def test_the_stand_in_of_flash_4_reads_on_into_the_next_packed_sequence(place, reached):
+    """As was seen on an H100; see docs/known-issues.md."""
+    from flash_attn.cute.interface import _flash_attn_bwd, flash_attn_varlen_func
+
+    starts = torch.tensor([0, 40, 80], dtype=torch.int32)
+    given = {
+        "cu_seqlens_q": starts,
+        "cu_seqlens_k": starts,
+        "max_seqlen_q": 40,
+        "max_seqlen_k": 40,
+        "softmax_scale": 0.2,
+    }
+    tensors = {name: half(80, 2, 32) for name in ("q", "k", "v", "go")}
+    tensors[place][40:] = torch.nan
+    q, k, v, go = tensors.values()
+    out, lse = flash_attn_varlen_func(q, k, v, return_lse=True, **given)
+    grads = _flash_attn_bwd(q, k, v, out.nan_to_num(), go, lse.nan_to_num().contiguous(), **given)
+    found = {"out": out[:40], "lse": lse[:, :40], **dict(zip(("dq", "dk", "dv"), (x[:40] for x in grads), strict=True))}
+    assert [name for name, item in found.items() if item.isnan().any()] == reached
 
 
 def test_the_core_knows_this_wheel():

@@ -12,9 +12,7 @@ from attn_core.plugin import Approximate, BackendSpec, Constraints, ContextParal
 from attn_hub.repositories import REPOSITORIES
 
 _NEEDS = Needs(extra="hub")
-_UNTRIED = (
-    "loaded from the hub it was never tried: no revision is pinned yet; tried over a stand-in in the hub's format"
-)
+_UNTRIED = "loaded from the hub it was never tried{}; tried over a stand-in in the hub's format"
 _NO_MASK = No("flash-attention takes no mask; native, native_efficient and flex do")
 _NOT_YET = No("not tried of a hub build; flash has it")
 _NO_COMPILE = No("hub builds name their operators as they please, and whether they trace was not tried; flash traces")
@@ -61,7 +59,9 @@ def _hub(name: str, summary: str, module: str, constraints: Any, **others: Any) 
         forward=f"attn_hub.{module}:forward",
         needs=_NEEDS,
         constraints=constraints,
-        unverified=_UNTRIED,
+        unverified=_UNTRIED.format(
+            ", at its pinned commit neither" if REPOSITORIES[name].revision else ", and the user pins it"
+        ),
         **{"context_parallel": _ULYSSES, "compile": _NO_COMPILE, **others},
     )
 

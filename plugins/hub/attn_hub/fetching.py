@@ -51,7 +51,8 @@ def fetch(
     Args:
         name: the backend, such as "flash_hub".
         allow_remote_kernels: the permission; ``ATTN_ALLOW_REMOTE_KERNELS=1`` gives it to a whole process.
-        revision: the commit to take, 40 hex digits. A branch or a tag is refused, since it moves.
+        revision: the commit to take, 40 hex digits, in place of attn-hub's own where it has one. A branch or a tag is
+            refused, since it moves.
         lockfile: a ``kernels.lock``, as ``kernels lock`` writes it; ``ATTN_KERNELS_LOCK`` names one for a whole process.
 
     Returns:
@@ -116,7 +117,7 @@ def _pin(name: str, revision: str | None, lockfile: Path | None) -> Pin:
         return Pin(lockfile=lockfile)
     if revision is None:
         msg = (
-            f"{name}: no revision of {REPOSITORIES[name].name} is pinned, since attn-hub was tried with none yet. Next: choose "
+            f"{name}: no revision of {REPOSITORIES[name].name} is pinned, since attn-hub knows none to trust. Next: choose "
             f"a commit that you trust, and attn_hub.fetch({name!r}, revision='<40 hex digits>'), or lock it with `kernels lock`, "
             f"and set {LOCKFILE} to the kernels.lock"
         )

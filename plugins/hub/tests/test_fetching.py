@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 
@@ -124,12 +125,23 @@ def test_a_model_s_configuration_can_t_name_a_kernel(network, monkeypatch):
 # --- pins -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REPOSITORIES)
+PINNED = {name: item.revision for name, item in REPOSITORIES.items() if item.revision is not None}
+
+
+@pytest.mark.parametrize("name", [name for name in REPOSITORIES if name not in PINNED])
 def test_a_backend_without_a_pinned_revision_says_how_to_pin_one(name, network):
-    assert REPOSITORIES[name].revision is None
     with pytest.raises(BackendNotUsable, match=f"no revision of {REPOSITORIES[name].name} is pinned.*kernels lock"):
         fetch(name, allow_remote_kernels=True)
     assert not network
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_the_pinned_commit_is_taken_where_the_user_names_no_other(name, cache, offline):
+    assert re.fullmatch("[0-9a-f]{40}", PINNED[name])
+    with pytest.raises(BackendNotUsable, match=f"at {PINNED[name]} can't be fetched offline"):
+        fetch(name, allow_remote_kernels=True)
+    write_kernel(cache, REPOSITORIES[name].name, SAYS, commit=PINNED[name])
+    assert PINNED[name] in fetch(name, allow_remote_kernels=True).__file__
 
 
 @pytest.mark.parametrize("revision", ["main", "v1", COMMIT[:12], COMMIT.upper().replace("0", "G"), COMMIT + "0", ""])
@@ -196,7 +208,7 @@ def test_a_lock_file_that_does_not_pin_is_refused(cache, offline, entries, match
 def test_a_lock_file_in_the_working_directory_is_not_read(cache, offline, monkeypatch):
     write_lock(cache / "kernels.lock", {REPOSITORY: COMMIT})
     monkeypatch.chdir(cache)
-    with pytest.raises(BackendNotUsable, match="no revision"):
+    with pytest.raises(BackendNotUsable, match=f"at {PINNED['flash_hub']} can't"):
         fetch("flash_hub", allow_remote_kernels=True)
 
 

@@ -32,11 +32,11 @@ _sdpa = torch.nn.functional.scaled_dot_product_attention
 _FEW_KEYS = 16  # float32 lanes of the widest vector
 _HALF = (torch.float16, torch.bfloat16)
 
-_FLASH, _EFFICIENT, _CUDNN = 1, 2, 3  # torch.nn.attention.SDPBackend, as the choice is told
+FLASH, EFFICIENT, CUDNN = 1, 2, 3  # torch.nn.attention.SDPBackend, as the choice is told
 _FUSED: dict[int, Callable[..., Any]] = {
-    _FLASH: aten.flash_forward,
-    _EFFICIENT: aten.efficient_forward,
-    _CUDNN: aten.cudnn_forward,
+    FLASH: aten.flash_forward,
+    EFFICIENT: aten.efficient_forward,
+    CUDNN: aten.cudnn_forward,
 }
 
 
@@ -202,11 +202,7 @@ def _mask(
             return None, None
         if not causal:
             return query.new_zeros(1, 1, 1, 1), None
-    visible = visible_mask(query, key, attn_mask=attn_mask, causal=causal, window_size=window_size)
-    mask = cast("torch.Tensor", visible)
-    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:
-        mask = attn_mask.double() if query.dtype == torch.float64 else attn_mask
-        mask = mask if visible is None else mask.masked_fill(~visible, float("-inf"))
+    mask = written_out(query, key, attn_mask, causal=causal, window_size=window_size)
     never_blind = attn_mask is None and query.shape[1] <= key.shape[1]
     if never_blind or (query.is_cpu and not tell):
         return mask, None
@@ -215,6 +211,22 @@ def _mask(
         return mask | blind, blind
     blind = blind_queries(mask.detach() != float("-inf"))
     return mask.masked_fill(blind, 0.0), blind
+
+
+def written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attn_mask: torch.Tensor | Description | None,
+    *,
+    causal: bool,
+    window_size: tuple[int, int] | None,
+) -> torch.Tensor:
+    """One mask for everything that hides keys: bool, or float where the call's own is."""
+    visible = visible_mask(query, key, attn_mask=attn_mask, causal=causal, window_size=window_size)
+    if not isinstance(attn_mask, torch.Tensor) or attn_mask.dtype == torch.bool:
+        return cast("torch.Tensor", visible)
+    mask = attn_mask.double() if query.dtype == torch.float64 else attn_mask
+    return mask if visible is None else mask.masked_fill(~visible, float("-inf"))
 
 
 # --- with the log-sum-exp -----------------------------------------------------------------------------------------------
@@ -282,10 +294,10 @@ def _takes_flash(
     if torch.compiler.is_dynamo_compiling():
         fits = dropout_p == 0.0 and q.shape[3] == v.shape[3] and not (mask is not None and mask.requires_grad)
         return fits and q.stride(3) == 1 and k.stride(3) == 1 and v.stride(3) == 1
-    return _choice(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p) == _FLASH
+    return choice_of(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p) == FLASH
 
 
-def _choice(
+def choice_of(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -295,6 +307,7 @@ def _choice(
     scale: float,
     dropout_p: float,
 ) -> int:
+    """Which kernel SDPA would choose for (B, H, S, D) tensors, as the number of a ``torch.nn.attention.SDPBackend``."""
     grouped = q.shape[1] != k.shape[1]
     return torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=grouped)
 
@@ -312,7 +325,7 @@ def _elsewhere(
     if query.shape[2] != key.shape[2] and not _groups_heads(query, value, mask):
         key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    choice = _choice(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+    choice = choice_of(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     compute = _FUSED.get(choice, math_forward)
     if mask is not None and compute is aten.cudnn_forward:  # its operator takes no mask; SDPA writes a bias out for it
         compute = aten.efficient_forward

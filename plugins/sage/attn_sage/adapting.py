@@ -87,8 +87,8 @@ def _attend(
             out = divide(out, share)
             lse = lse + share[..., 0].transpose(1, 2).float().log() if return_lse else lse
         if kernel.smooths:  # and so takes away what ``smooth`` put there
-            wrong = torch.where(smoothed.finite, 0.0, float("nan"))[:, None, :, None, None]
-            out.unflatten(2, (key.shape[2], -1)).add_(wrong)
+            nothing = smoothed.nothing.sum(-1)[:, None, :, None, None]
+            out.unflatten(2, (key.shape[2], -1)).add_(nothing)
         if taken is not None:
             lse = lse + taken
     return out, lse

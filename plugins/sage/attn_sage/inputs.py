@@ -41,6 +41,8 @@ def check_sizes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.
         msg = f"{name}: found a batch of {batch} with {heads} heads; accepted: up to {GRID} of each. Next: split the batch"
         raise CallRefused(msg)
     for label, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.is_contiguous() and tensor.numel() < OFFSETS:
+            continue
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         if max(last, tensor.numel()) >= OFFSETS:
             msg = f"{name}: {label} spans {last + 1} numbers; accepted: up to {OFFSETS}. Next: split the batch or the heads"
@@ -53,12 +55,12 @@ class Smoothed(NamedTuple):
     Attributes:
         key: less its mean, a copy (B, Skv, Hkv, D).
         mean: (B, 1, Hkv, D).
-        finite: whether all queries and keys of a key head are finite, (B, Hkv).
+        nothing: 0 where this number of all queries and keys of a key head is finite, else NaN: (B, Hkv, D), float32.
     """
 
     key: torch.Tensor
     mean: torch.Tensor
-    finite: torch.Tensor
+    nothing: torch.Tensor
 
 
 def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = None) -> Smoothed:
@@ -76,11 +78,12 @@ def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = N
         count = keep.sum(1).clamp(min=1)[:, None, None, None]
         mean = (kept.sum(1, keepdim=True, dtype=torch.float32) / count).to(key.dtype)
         smoothed = hide(kept - mean, keep)
-    groups = query.shape[2] // key.shape[2]
-    of_query = query.sum((1, 3), dtype=torch.float32).unflatten(1, (key.shape[2], groups)).sum(-1)
-    finite = (of_query + mean.sum((1, 3), dtype=torch.float32)).isfinite()
-    smoothed[:, 0, :, 0] = torch.where(finite, smoothed[:, 0, :, 0], float("inf"))
-    return Smoothed(smoothed, mean, finite)
+    total = query.sum(1, dtype=torch.float32)
+    if query.shape[2] != key.shape[2]:
+        total = total.unflatten(1, (key.shape[2], -1)).sum(2)
+    nothing = total.add_(mean[:, 0]).mul_(0.0)  # the fewest launches: they cost more than the little that they compute
+    smoothed[:, 0].masked_fill_(nothing.isnan(), float("inf"))
+    return Smoothed(smoothed, mean, nothing)
 
 
 def hide(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

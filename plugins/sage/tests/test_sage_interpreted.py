@@ -50,6 +50,8 @@ for bad in ("q", "k"):
     given[bad][1, 11, 0, 3] = float("nan")
     out = first.forward(given["q"], given["k"], given["k"].nan_to_num(), scale=0.125)
     assert not out[1, :, 0].isfinite().any() and out[0].isfinite().all()
+alone = torch.full((1, 1, 1, 64), float("nan"))
+assert not first.forward(torch.randn(1, 5, 1, 64, generator=random), alone, torch.ones_like(alone), scale=0.125).isfinite().any()
 if "library" in sys.argv:  # what the adapter mends
     q = torch.randn(1, 70, 1, 64, generator=random)
     k = torch.randn(1, 77, 1, 64, generator=random)

@@ -33,7 +33,9 @@ class Given(NamedTuple):
     right: int
 
 
-def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, given: Given, *, lse: bool) -> Any:
+def run(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, given: Given, *, lse: bool
+) -> tuple[torch.Tensor, Any]:
     """Result and lse (None where not asked), both as the operator leaves them where a query sees nothing.
 
     Args:
@@ -92,6 +94,8 @@ def _bias(query: torch.Tensor, key: torch.Tensor, given: Given) -> Any:
     if given.bias is not None:
         return given.bias
     if given.cu_seqlens_q is None or given.cu_seqlens_k is None:
+        if not given.causal and given.left < 0 and given.right < 0:
+            return None
         return diagonal_bias(query.shape[1], key.shape[1], given.left, given.right, given.causal)
     starts = given.cu_seqlens_q, given.cu_seqlens_k
     return packed_bias(*starts, given.max_seqlen_q, given.max_seqlen_k, given.left, given.causal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from torch.nn.functional import pad
 
 
 def visible(queries, keys, causal, left, right, device=None):
@@ -81,16 +82,56 @@ def flat(tensor):
     return tensor.flatten(0, 1) if tensor.ndim == 4 else tensor
 
 
-def whole_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, left, right, scale, softcap, draw=None):
-    """A call of either kind: result shaped as query, and lse (B, H, S) or (H, N)."""
-    places = sequences(query, key, cu_seqlens_q, cu_seqlens_k)
+def read(places, lengths, tile, ends):
+    """The rows that a kernel reads for a sequence: whole tiles where it has such, one at least, as far as the tensor goes."""
+    if not tile:
+        return places
+    reach = [max(-(-length // tile), 1) * tile for length in lengths]
+    return [
+        slice(place.start, min(place.start + rows, end)) for place, rows, end in zip(places, reach, ends, strict=True)
+    ]
+
+
+def parts(query, key, cu_seqlens_q, cu_seqlens_k, used, tile):
+    """Of each sequence: its rows and columns, and those that are read."""
+    packed = cu_seqlens_q is not None
+    ends = flat(query).shape[0], flat(key).shape[0]
+    for number, (rows, columns) in enumerate(sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
+        stop = columns.stop if used is None else columns.start + int(used[number])
+        real = rows, slice(columns.start, stop)
+        lengths = [place.stop - place.start for place in real]
+        yield real, read((rows, columns), lengths, tile, ends if packed else (rows.stop, columns.stop))
+
+
+def beyond(seen, rows, columns, *, fill):
+    """What is read beyond a sequence is hidden: its keys everywhere, its queries where the caller says."""
+    wide = seen.new_zeros(rows.stop - rows.start, columns.stop - columns.start)
+    wide[: seen.shape[0], : seen.shape[1]] = seen
+    wide[seen.shape[0] :, : seen.shape[1]] = fill
+    return wide
+
+
+def length(place):
+    return place.stop - place.start
+
+
+def whole_forward(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, causal, left, right, scale, softcap, draw=None, used=None, tile=0
+):
+    """A call of either kind: result shaped as query, and lse (B, H, S) or (H, N).
+
+    ``used`` says how many keys of each sequence are real. With a ``tile`` keys are read in tiles, which go on into what
+    comes after; what is read there has a probability of 0, which is multiplied with its value.
+    """
     queries, keys, values = flat(query), flat(key), flat(value)
     out = queries.new_full((*queries.shape[:2], values.shape[2]), torch.nan)
     lse = torch.full((queries.shape[1], queries.shape[0]), torch.nan, dtype=torch.float32)
-    for number, (rows, columns) in enumerate(places):
-        seen = visible(rows.stop - rows.start, columns.stop - columns.start, causal, left, right)
+    places = parts(query, key, cu_seqlens_q, cu_seqlens_k, used, tile)
+    for number, ((rows, columns), (_, wide)) in enumerate(places):
+        seen = visible(length(rows), length(columns), causal, left, right)
         kept = None if draw is None else draw(number, (queries.shape[1], *seen.shape))
-        out[rows], lse[:, rows] = forward(queries[rows], keys[columns], values[columns], seen, scale, softcap, kept)
+        seen = beyond(seen, rows, wide, fill=False)
+        out[rows], lse[:, rows] = forward(queries[rows], keys[wide], values[wide], seen, scale, softcap, kept)
     if cu_seqlens_q is None:
         shape = query.shape[0], query.shape[1]
         return out.unflatten(0, shape).contiguous(), lse.unflatten(1, shape).transpose(0, 1).contiguous()
@@ -98,19 +139,26 @@ def whole_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, left, r
 
 
 def whole_backward(
-    grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, causal, left, right, scale, softcap, draw=None
-):
+    grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, causal, left, right, scale, softcap, draw=None,
+    used=None, tile=0,
+):  # fmt: skip
     """Gradients of a call of either kind. What no sequence holds stays unwritten, as by the kernels."""
-    places = sequences(query, key, cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_q is None:
         lse = lse.transpose(0, 1).flatten(1)
     tensors = [flat(item) for item in (grad_out, query, key, value, out)]
     grads = [torch.full(item.shape, torch.nan, dtype=item.dtype) for item in tensors[1:4]]
-    for number, (rows, columns) in enumerate(places):
-        seen = visible(rows.stop - rows.start, columns.stop - columns.start, causal, left, right)
+    places = parts(query, key, cu_seqlens_q, cu_seqlens_k, used, tile)
+    for number, ((rows, columns), (high, wide)) in enumerate(places):
+        seen = visible(length(rows), length(columns), causal, left, right)
         kept = None if draw is None else draw(number, (tensors[1].shape[1], *seen.shape))
-        grads[0][rows], grads[1][columns], grads[2][columns] = backward(
-            tensors[0][rows], tensors[1][rows], tensors[2][columns], tensors[3][columns], tensors[4][rows],
-            lse[:, rows], seen, scale, softcap, kept,
+        more = length(high) - length(rows)
+        own_out = pad(tensors[4][rows], (0, 0, 0, 0, 0, more))  # these two are kept sequence by sequence
+        own_lse = pad(lse[:, rows], (0, more), value=torch.inf)
+        dq, dk, dv = backward(
+            tensors[0][high], tensors[1][high], tensors[2][wide], tensors[3][wide], own_out, own_lse,
+            beyond(seen, high, wide, fill=True), scale, softcap, kept,
+        )  # fmt: skip
+        grads[0][rows], grads[1][columns], grads[2][columns] = (
+            dq[: length(rows)], dk[: length(columns)], dv[: length(columns)]
         )  # fmt: skip
     return tuple(grad.view(item.shape) for grad, item in zip(grads, (query, key, value), strict=True))

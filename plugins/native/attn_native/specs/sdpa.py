@@ -47,6 +47,8 @@ NATIVE = BackendSpec(
     name="native",
     summary="torch's scaled_dot_product_attention with its own choice of kernel",
     forward="attn_native.sdpa:forward",
+    backward="attn_native.sdpa_backward:backward",
+    autograd="own",
     numerics=Exact(),
     compile=True,
     constraints=[
@@ -68,9 +70,5 @@ NATIVE = BackendSpec(
             **_ABILITIES,  # type: ignore[arg-type]
         ),
     ],
-    context_parallel=ContextParallelSupport(
-        ulysses=True,
-        ring=No("SDPA has no backward that takes the lse of all keys; native_flash, native_cudnn and native_math have"),
-        hybrid=No("hybrid needs ring"),
-    ),
+    context_parallel=ContextParallelSupport(ring=True, ulysses=True, hybrid=True),
 )

@@ -71,6 +71,8 @@ def _bwd(dout, q, k, v, out, lse, grads, starts, longest, dropout_p, scale, caus
     _check((q, k, v, out, dout), dropout_p, softcap)
     assert lse.is_contiguous()
     assert not (lse == -torch.inf).any(), "exp(-inf - -inf)"
+    if longest[1] == 0:  # a grid of no blocks
+        raise RuntimeError("CUDA error: invalid argument")
     left, right = _sides(left, right, causal, *longest)
     draw = _draw(rng_state, dropout_p)
     found = plain_attention.whole_backward(dout, q, k, v, out, lse, *starts, False, left, right, scale, softcap, draw)

@@ -1,4 +1,7 @@
-"""The functions of ``flash_attn.cute.interface`` that the adapter uses. An unlimited side is None; -1 is the key before."""
+"""The functions of ``flash_attn.cute.interface`` that the adapter uses. An unlimited side is None; -1 is the key before.
+
+Keys, and in the backward queries too, are read in whole tiles, beyond the end of a packed sequence.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import plain_attention
 import torch
 
 CALLS = []
+TILE = 128
 
 
 def _check(tensors, window_size):
@@ -20,18 +24,72 @@ def _check(tensors, window_size):
     assert all(side is None or side >= 0 for side in window_size), "a single -1 is a number here"
 
 
-def _forward(q, k, v, starts, longest, softmax_scale, causal, window_size, softcap, return_lse):
+def _check_used(used, starts, k):
+    if used is not None:
+        assert starts == (None, None), "lengths beside starts are not stood in for"
+        assert used.dtype == torch.int32
+        assert used.shape == k.shape[:1]
+        assert k.shape[1] >= max(int(used.max()), 1)
+
+
+def _flash_attn_fwd(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    softcap=None,
+    window_size_left=None,
+    window_size_right=None,
+    learnable_sink=None,
+    tile_mn=None,
+    mma_pv_is_rs=None,
+    intra_wg_overlap=None,
+    num_threads=384,
+    num_splits=1,
+    pack_gqa=None,
+    _arch=None,
+    score_mod=None,
+    mask_mod=None,
+    block_sparse_tensors=None,
+    return_lse=False,
+    out=None,
+    lse=None,
+    aux_tensors=None,
+    aux_scalars=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    gather_kv_indices=None,
+    scheduler_metadata=None,
+    seqlen_k_per_split=None,
+    disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False,
+):
+    starts, window_size = (cu_seqlens_q, cu_seqlens_k), (window_size_left, window_size_right)
     _check((q, k, v), window_size)
-    if starts[0] is not None:
+    _check_used(seqused_k, starts, k)
+    if cu_seqlens_q is not None:
         assert q.ndim == 3
         assert all(item.dtype == torch.int32 and item.stride(0) == 1 for item in starts)
-        for bound, item in zip(longest, starts, strict=True):
+        for bound, item in zip((max_seqlen_q, max_seqlen_k), starts, strict=True):
             assert bound >= int(item.diff().max())
-    CALLS.append((starts[0] is not None, tuple(q.shape), tuple(k.shape)))
+    CALLS.append(("packed" if cu_seqlens_q is not None else "dense", tuple(q.shape), tuple(k.shape)))
     with torch.no_grad():
-        out, lse = plain_attention.whole_forward(q, k, v, *starts, causal, *window_size, softmax_scale, softcap)
+        out, lse = plain_attention.whole_forward(
+            q, k, v, *starts, causal, *window_size, softmax_scale, softcap, used=seqused_k, tile=TILE
+        )
     requires_grad = any(item.requires_grad for item in (q, k, v))
-    return out, lse if return_lse or requires_grad else None
+    return out, lse if return_lse or requires_grad else None, None, None, None
 
 
 def flash_attn_func(
@@ -59,7 +117,11 @@ def flash_attn_func(
     gather_bwd_recompute_p=False,
     gather_bwd_token_chunk=None,
 ):
-    return _forward(q, k, v, (None, None), (None, None), softmax_scale, causal, window_size, softcap, return_lse)
+    left, right = window_size
+    return _flash_attn_fwd(
+        q, k, v, softmax_scale=softmax_scale, causal=causal, softcap=softcap, window_size_left=left, window_size_right=right,
+        return_lse=return_lse,
+    )[:2]  # fmt: skip
 
 
 def flash_attn_varlen_func(
@@ -97,8 +159,12 @@ def flash_attn_varlen_func(
     gather_bwd_recompute_p=False,
     gather_bwd_token_chunk=None,
 ):
-    starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    return _forward(q, k, v, starts, longest, softmax_scale, causal, window_size, softcap, return_lse)
+    left, right = window_size
+    return _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k, softmax_scale=softmax_scale, causal=causal, softcap=softcap, window_size_left=left,
+        window_size_right=right, return_lse=return_lse,
+    )[:2]  # fmt: skip
 
 
 def _flash_attn_bwd(
@@ -153,6 +219,8 @@ def _flash_attn_bwd(
     assert lse.is_contiguous()
     assert lse.shape == (*q.shape[:-3], q.shape[-2], q.shape[-3])
     starts = (cu_seqlens_q, cu_seqlens_k)
+    _check_used(seqused_k, starts, k)
     return plain_attention.whole_backward(
-        dout, q, k, v, out, lse, *starts, causal, window_size_left, window_size_right, softmax_scale, softcap
-    )
+        dout, q, k, v, out, lse, *starts, causal, window_size_left, window_size_right, softmax_scale, softcap,
+        used=seqused_k, tile=TILE,
+    )  # fmt: skip
