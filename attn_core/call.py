@@ -457,7 +457,8 @@ def plan(
     """
     options = {
         "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
-        "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": parallel,
+        "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse,
+        "parallel": scope.in_force() if parallel is None else parallel,
     }  # fmt: skip
     admitted, call = resolve(query, key, value, options, backend)
     compiled = _compiled_kind(admitted, call, query)

@@ -11,6 +11,7 @@ import torch
 from attn_core import registry, selection
 from attn_core.admission import refusals
 from attn_core.errors import AttnError, CallRefused
+from attn_core.parallel import scope
 from attn_core.reading import read
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def explain(
         "attn_mask": attn_mask, "causal": causal, "scale": scale, "window_size": window_size, "softcap": softcap,
         "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse,
     }  # fmt: skip
+    parallel = scope.in_force() if parallel is None else parallel
     try:
         if parallel is not None:
             from attn_core.parallel.explaining import kind_of_parts

@@ -45,8 +45,8 @@ def read(query: Any, key: Any, value: Any, options: dict[str, Any]) -> Call:
     """
     if options.get("parallel") is not None:
         msg = (
-            f"parallel: found {options['parallel']!r}; accepted: None in plan and explain. "
-            "Next: call attention(..., parallel=), which says on every rank why it refuses"
+            f"parallel: found {options['parallel']!r}; accepted: None, since a plan is of this rank alone and asks no other. "
+            "Next: call attention(..., parallel=), outside of use_parallel or inside"
         )
         raise CallRefused(msg)
     check_tensors(query, key, value)

@@ -141,6 +141,28 @@ def trained(shape, order, steps):
     return losses, max((one - other).abs().max().item() for one, other in pairs)
 
 
+def compiled(shape, fullgraph):
+    """What a compiled model gives inside a scope: the largest difference from one rank, or what is raised."""
+    cp = context(shape)
+    model = model_of("llama")
+    ids = tokens(2)
+    torch._dynamo.reset()
+    made = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    found = []
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        for _ in range(2):
+            alone = made(input_ids=ids, use_cache=False).logits  # before and after, outside of it
+            assert torch.allclose(alone, wanted)
+            try:
+                with use_parallel(cp):
+                    part = made(input_ids=cp.shard(ids), position_ids=cp.positions()[None], use_cache=False).logits
+                found.append((part - cp.shard(wanted)).abs().max().item())
+            except Exception as error:  # noqa: BLE001 - it is what the test asks for
+                found.append(str(error))
+    return found
+
+
 def refused(kind, shape, order, how):
     """What a forward raises on this rank that is not one of a whole sequence."""
     cp = context(shape, order)

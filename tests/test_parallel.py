@@ -31,6 +31,7 @@ def agrees(ranks, case, tolerance=EXACT):
 SIGHTS = [
     {}, {"causal": True}, {"causal": True, "window_size": (3, 0)}, {"window_size": (2, 4)}, {"window_size": (-1, 2)},
     {"window_size": (3, -1)}, {"causal": True, "softcap": 1.5}, {"scale": -0.7}, {"causal": True, "scale": 0.0},
+    {"window_size": (0, 0)}, {"causal": True, "window_size": (60, 1)}, {"window_size": (0, 7), "softcap": 0.5},
 ]  # fmt: skip
 MASKS = ["none", "key_padding", "packed", "bool", "float", "bool_rows", "bool_keys"]
 LENGTHS = [(16, None), (17, None), (19, 23), (23, 17), (5, 3), (2, 9), (40, 1)]
@@ -47,12 +48,24 @@ def refusable(case):
     )
 
 
+def uneven(chance, pick):
+    """Lengths on each rank, of queries and of keys, of which some may be none."""
+    (queries, keys), size = pick["lengths"], pick["shape"][0] * pick["shape"][1]
+
+    def shares(total):
+        ends = sorted(chance.randint(0, total) for _ in range(size - 1))
+        return tuple(stop - start for start, stop in itertools.pairwise((0, *ends, total)))
+
+    found = {"lengths": shares(queries)}
+    return found if keys is None else {**found, "key_lengths": shares(keys)}
+
+
 def drawn(count, seed):
     """Cases in which every pair of values of two dimensions is likely, each value sure."""
     chance = random.Random(seed)
     pools = {
         "shape": SHAPES, "order": ["zigzag", "contiguous"], "sight": SIGHTS, "mask": MASKS, "lengths": LENGTHS,
-        "heads": HEADS, "backend": BACKENDS, "dims": [(8, 8), (8, 4), (4, 8)],
+        "heads": HEADS, "backend": BACKENDS, "dims": [(8, 8), (8, 4), (4, 8)], "uneven": [False, False, True],
     }  # fmt: skip
     turns = {name: itertools.cycle(chance.sample(values, len(values))) for name, values in pools.items()}
     found = []
@@ -64,6 +77,7 @@ def drawn(count, seed):
             shape=pick["shape"], order=pick["order"], queries=pick["lengths"][0], keys=pick["lengths"][1],
             heads=pick["heads"], dims=pick["dims"], mask=pick["mask"], options=tuple(sorted(pick["sight"].items())),
             backend=pick["backend"], seed=number, strided=number % 3 == 0,
+            **(uneven(chance, pick) if pick["uneven"] else {}),
         )  # fmt: skip
         found.append(Case(**{**case.__dict__, "backend": "native_math"}) if refusable(case) else case)
     return found
@@ -242,7 +256,7 @@ def test_a_whole_sequence_is_taken_for_no_part(ranks):
 
 
 def test_ranks_speak_once_for_each_kind_of_call(ranks):
-    case = Case(shape=(4, 1), queries=37, heads=(2, 1))
+    case = Case(shape=(4, 1), queries=401, heads=(2, 1))  # no part is as long as one of another test
     assert ranks.run("steady", case, on=4) == [1] * 4
     assert ranks.run("steady", case, on=4) == [0] * 4
 

@@ -66,3 +66,12 @@ def test_refuses_on_every_rank_what_is_no_forward_of_a_whole_sequence(ranks, how
         assert kind in ("CallRefused", "RanksDisagree"), message
         assert said in message
     agrees(ranks, "llama", (2, 1), order, None, None)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_is_right_or_refused_inside_a_scope(ranks, shape, fullgraph):
+    for found in ranks.run("parallel_models.compiled", shape, fullgraph, on=2):
+        for one in found:
+            right = isinstance(one, float) and one <= EXACT
+            assert right or "found a scope that is open around a compiled model" in one

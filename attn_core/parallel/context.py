@@ -90,6 +90,9 @@ class ContextParallel:
                 "'ulysses', or both, as init_device_mesh(..., mesh_dim_names=('ring', 'ulysses')) makes"
             )
             raise CallRefused(msg)
+        if mesh.get_coordinate() is None:
+            msg = f"ContextParallel: found a mesh without this rank, of {mesh.mesh.tolist()}; accepted: a rank of the mesh"
+            raise CallRefused(msg)
         if order not in ORDERS:
             msg = f"ContextParallel: order: found {order!r}; accepted: {', '.join(ORDERS)}"
             raise CallRefused(msg)
@@ -107,7 +110,7 @@ class ContextParallel:
         self.grid = _grid(mesh, names, self.ring, self.ulysses)
         self.ring_ranks = tuple(row[self.place[1]] for row in self.grid)
         self.staged = tuple(name for name in names if dist.get_backend(self._groups[name]) == "gloo")
-        self.name = f"{order}:{self.grid}"
+        self.name = f"{self.mode}:{order}:{self.grid}"
         known = contexts.get(self.name)
         self.shared: Shared = Shared() if known is None or not known.alive else known.shared
         contexts[self.name] = self

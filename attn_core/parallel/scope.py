@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,23 +33,30 @@ RECOMPUTED = (
 )
 
 
-class Opened(NamedTuple):
-    """A scope.
+class Opened:
+    """One opened scope; ``closed`` is set where it ends in another thread or task than it began in."""
 
-    Attributes:
-        parallel: what it chose.
-        graph_task: the backward pass that it was opened in, -1 outside of any.
-        frame: the checkpoint whose forward it was opened in, or None.
-        outer: the scope around it.
-    """
+    __slots__ = ("closed", "frame", "graph_task", "owner", "parallel", "token")
 
-    parallel: ContextParallel | None
-    graph_task: int
-    frame: Any
-    outer: Opened | None
+    def __init__(self, parallel: ContextParallel | None, owner: object = None) -> None:
+        self.parallel = parallel
+        self.owner = owner
+        self.closed = False
+        self.graph_task = selection.graph_task()
+        self.frame = selection.running_frame()
+        self.token: Token[tuple[Opened, ...]] = _stack.set((*_stack.get(), self))
+
+    def close(self) -> None:
+        """End it, wherever this runs and whichever scopes are still open around or inside it."""
+        remaining = tuple(other for other in _stack.get() if other is not self)
+        try:
+            _stack.reset(self.token)
+        except ValueError:  # it began in another context, which must not see it any more either
+            self.closed = True
+        _stack.set(remaining)
 
 
-_innermost: ContextVar[Opened | None] = ContextVar("attn_core.parallel", default=None)
+_stack: ContextVar[tuple[Opened, ...]] = ContextVar("attn_core.parallel", default=())
 
 is_open = False
 """Whether a scope is open in the process; compiled code guards it."""
@@ -75,34 +82,41 @@ class use_parallel:  # noqa: N801 - a context manager reads as a verb
             msg = f"use_parallel: found {parallel!r}; accepted: a ContextParallel, or None"
             raise CallRefused(msg)
         self.parallel = parallel
-        self._tokens: list[Token[Opened | None]] = []
+        self._opened: list[Opened] = []
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
             raise CallRefused(IN_COMPILED_CODE)
         _count(1)
-        self._tokens.append(_opened(self.parallel))
+        self._opened.append(Opened(self.parallel, self))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _innermost.reset(self._tokens.pop())
+        own = [scope for scope in _stack.get() if scope.owner is self]  # it may be entered in several contexts at once
+        scope = own[-1] if own else self._opened[-1]
+        self._opened.remove(scope)
+        scope.close()
         _count(-1)
 
 
 @contextmanager
 def suspended() -> Iterator[None]:
     """No scope inside: the call that is a part of a call is on this rank alone."""
-    token = _opened(None)
+    scope = Opened(None)
     try:
         yield
     finally:
-        _innermost.reset(token)
+        scope.close()
+
+
+def _innermost() -> Opened | None:
+    return next((scope for scope in reversed(_stack.get()) if not scope.closed), None)
 
 
 def in_force() -> ContextParallel | None:
     """What the innermost scope of this thread or task chose."""
-    found = _innermost.get()
+    found = _innermost()
     return None if found is None else found.parallel
 
 
@@ -120,10 +134,10 @@ def of_call() -> ContextParallel | None:
 
 
 def _consistent() -> ContextParallel | None:
-    found, task = _innermost.get(), selection.graph_task()
+    found, task = _innermost(), selection.graph_task()
     parallel = None if found is None else found.parallel
     if task == -1:
-        _note_with_checkpoint(found)
+        _note_with_checkpoint()
         _seen.add(_named(parallel))
         return parallel
     if found is not None and found.graph_task == task:  # opened by what is recomputed, or around it from its note
@@ -136,14 +150,13 @@ def _consistent() -> ContextParallel | None:
     return parallel
 
 
-def _note_with_checkpoint(found: Opened | None) -> None:
+def _note_with_checkpoint() -> None:
     """Have the checkpoint whose forward is running recompute inside the scope that is open around it."""
     frame = selection.running_frame()
     if frame is None or hasattr(frame, "attn_parallel_noted"):
         return
-    while found is not None and found.frame is frame:
-        found = found.outer
-    parallel = None if found is None else found.parallel
+    around = [scope for scope in _stack.get() if scope.frame is not frame and not scope.closed]
+    parallel = around[-1].parallel if around else None
     recompute = frame.recompute_fn
 
     def recompute_with_ranks(*args: Any, **options: Any) -> Any:
@@ -152,11 +165,6 @@ def _note_with_checkpoint(found: Opened | None) -> None:
 
     frame.recompute_fn = recompute_with_ranks
     frame.attn_parallel_noted = True
-
-
-def _opened(parallel: ContextParallel | None) -> Token[Opened | None]:
-    opened = Opened(parallel, selection.graph_task(), selection.running_frame(), _innermost.get())
-    return _innermost.set(opened)
 
 
 def _identity(parallel: ContextParallel | None) -> Identity | None:

@@ -1,0 +1,189 @@
+"""What the ranks of the pool do at the edges of what a call may be."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_work import Case, context, expected, inputs
+
+from attn_core import CallRefused, attention, explain, plan
+from attn_core.parallel import ContextParallel, gathering, use_parallel
+from attn_core.testing import reference
+
+
+def parts_of(cp, case, names="qkv"):
+    q, k, v, g, _ = inputs(case)
+    parts = {name: cp.shard(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+    for name in names:
+        parts[name].requires_grad_()
+    return list(parts.values()), cp.shard(g)
+
+
+def off(cp, found, wanted, dim=1):
+    difference = found.detach().double() - cp.shard(wanted, dim).double()
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+def some_gradients(case, names):
+    """The largest difference where gradients are wanted of these alone; each rank may have names of its own."""
+    cp = context(case.shape)
+    names = names[cp.index % len(names)]
+    parts, g = parts_of(cp, case, names)
+    out = attention(*parts, backend=case.backend, parallel=cp, **dict(case.options))
+    leaves = [part for part in parts if part.requires_grad]
+    grads = torch.autograd.grad(out, leaves, g)
+    wanted = expected(case)
+    return max(off(cp, grad, wanted[f"d{name}"]) for name, grad in zip(names, grads, strict=True))
+
+
+def summed(case):
+    """The same for a gradient that is one number for all, as ``sum`` hands it down, twice."""
+    cp = context(case.shape)
+    parts, _ = parts_of(cp, case)
+    out = attention(*parts, backend=case.backend, parallel=cp, **dict(case.options))
+    first = torch.autograd.grad(out.sum(), parts, retain_graph=True)
+    second = torch.autograd.grad(out.transpose(1, 2).contiguous().transpose(1, 2).sum(), parts)
+    leaves = [x.double().requires_grad_() for x in inputs(case)[:3]]
+    wanted = torch.autograd.grad(reference(*leaves, **dict(case.options))[0].sum(), leaves)
+    return max(off(cp, grad, want) for grads in (first, second) for grad, want in zip(grads, wanted, strict=True))
+
+
+def gradient_of_a_gradient(case):
+    """What is raised where a gradient of the gradient is asked for."""
+    cp = context(case.shape)
+    parts, g = parts_of(cp, case)
+    out = attention(*parts, backend=case.backend, parallel=cp)
+    try:
+        grads = torch.autograd.grad(out, parts, g, create_graph=True)
+        torch.autograd.grad(sum(grad.square().sum() for grad in grads), parts)
+    except Exception as error:  # noqa: BLE001 - it is what the test asks for
+        return type(error).__name__, str(error)
+    return None, ""
+
+
+def without_gradients(case, how):
+    """The largest difference, and whether the result has a graph."""
+    cp = context(case.shape)
+    with {"no_grad": torch.no_grad, "inference": torch.inference_mode}[how]():
+        parts, _ = parts_of(cp, case, "" if how == "inference" else "qkv")
+        out, lse = attention(*parts, backend=case.backend, parallel=cp, return_lse=True, **dict(case.options))
+    q, k, v, *_ = inputs(case)
+    whole, whole_lse = reference(q, k, v, **dict(case.options))
+    wanted = {"out": whole, "lse": whole_lse}
+    return max(off(cp, out.clone(), wanted["out"]), off(cp, lse.clone(), wanted["lse"], 2)), out.requires_grad
+
+
+def transformed(case):
+    """What is raised under a transform of ``torch.func``, and in forward mode."""
+    cp = context(case.shape)
+    parts, _ = parts_of(cp, case, "")
+    said = []
+    for call in (
+        lambda: torch.func.vmap(lambda q: attention(q, parts[1], parts[2], parallel=cp))(parts[0][None]),
+        lambda: torch.func.jvp(lambda q: attention(q, parts[1], parts[2], parallel=cp), (parts[0],), (parts[0],)),
+    ):
+        try:
+            call()
+        except CallRefused as error:
+            said.append(str(error))
+        else:
+            said.append("")
+    return said
+
+
+def layers(case, shapes):
+    """The largest difference of a stack of calls of several kinds, on several meshes, and of its gradients."""
+    contexts = [context(shape, order) for shape, order in shapes]
+    wholes = [x.requires_grad_() for x in inputs(case)[:3]]
+    sizes = [{"causal": True}, {"softcap": 2.0}, {"causal": True, "window_size": (5, 0)}, {}]
+
+    def stack(attend):
+        q, k, v = wholes
+        for number, options in enumerate(sizes):
+            q = q + attend(number, q, k, v, options)
+        return q
+
+    def over_ranks(number, q, k, v, options):
+        cp = contexts[number % len(contexts)]
+        parts = [cp.shard(x) for x in (q, k, v)]
+        return cp.unshard(attention(*parts, backend="native_math", parallel=cp, **options), total=case.queries)
+
+    alone = stack(lambda number, q, k, v, options: reference(q, k, v, **options)[0])
+    wanted = torch.autograd.grad(alone.square().sum(), wholes)
+    together = stack(over_ranks)
+    found = torch.autograd.grad(together.square().sum(), wholes)
+    difference = [(together - alone).abs().max().item()]
+    if len({cp.name for cp in contexts}) == 1:  # of a whole, each rank has its part of the gradient
+        cp = contexts[0]
+        summed_up = [torch.stack(gathering.all_parts(cp, x, 0, [x.shape[0]] * cp.size)).sum(0) for x in found[1:]]
+        difference += [(x - y).abs().max().item() for x, y in zip(summed_up, wanted[1:], strict=True)]
+    return max(difference)
+
+
+def scopes(shape):
+    """What is in force in another thread, after scopes ended in another order, and what plan and explain say inside one."""
+    cp, other = context(shape), context(shape, "contiguous")
+    q, k, v, *_ = inputs(Case(shape=shape, queries=20))
+    alone = reference(q, k, v)[0]
+    found = []
+    with use_parallel(cp):
+        thread = threading.Thread(target=lambda: found.append((attention(q, k, v) - alone).abs().max().item()))
+        thread.start()
+        thread.join()
+        with pytest.raises(CallRefused, match="a plan is of this rank alone"):
+            plan(q, k, v)
+        said = explain(*(cp.shard(x) for x in (q, k, v)), backend="native_math")
+        assert said.chosen == "native_math"
+        assert said.parallel.mode == cp.mode
+    first, second = use_parallel(cp), use_parallel(other)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    mine = [other.shard(x) for x in (q, k, v)]
+    found.append(off(other, attention(*mine, backend="native_math"), alone))
+    second.__exit__(None, None, None)
+    found.append((attention(q, k, v) - alone).abs().max().item())
+    return found
+
+
+def both_whole(case):
+    """The largest difference where queries and keys are whole on every rank, gradients summed up over them."""
+    cp = context(case.shape)
+    whole = cp.given_whole("query").given_whole("key")
+    leaves = [x.requires_grad_() for x in inputs(case)[:3]]
+    out, lse = attention(*leaves, backend=case.backend, parallel=whole, return_lse=True, **dict(case.options))
+    grads = torch.autograd.grad(out, leaves, inputs(case)[3])
+    wanted = expected(case)
+    found = {"out": out.detach(), "lse": lse}
+    for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+        found[name] = torch.stack(gathering.all_parts(cp, grad, 0, [grad.shape[0]] * cp.size)).sum(0)
+    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
+
+
+def named_alike():
+    """A mesh of one dimension, and one of two of which the other has one place: both are themselves."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = torch.arange(2)
+    meshes = [
+        DeviceMesh("cpu", ranks, mesh_dim_names=("ulysses",)),
+        DeviceMesh("cpu", ranks.view(1, 2), mesh_dim_names=("ring", "ulysses")),
+        DeviceMesh("cpu", ranks, mesh_dim_names=("ring",)),
+        DeviceMesh("cpu", ranks.view(2, 1), mesh_dim_names=("ring", "ulysses")),
+    ]
+    if dist.get_rank() not in (0, 1):
+        with pytest.raises(CallRefused, match="a mesh without this rank"):
+            ContextParallel(meshes[0])
+        return [0.0], 4
+    made = [ContextParallel(mesh) for mesh in meshes]
+    q, k, v, *_ = (x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs(Case(queries=18)))
+    alone = reference(q, k, v, causal=True)[0]
+    found = []
+    for cp in made * 2:
+        out = attention(*(cp.shard(x) for x in (q, k, v)), causal=True, backend="native_math", parallel=cp)
+        out.sum().backward()
+        found.append(off(cp, out, alone.detach()))
+    return found, len({cp.name for cp in made})
