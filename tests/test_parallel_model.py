@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "parallel"))
-section_model = pytest.importorskip("section_model")
-
 HEADS, DIM, RATE, SPEED, LATENCY = 16, 128, 4e-12, 100e9, 10e-6
+
+
+@pytest.fixture
+def section_model(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "parallel")
+    yield importlib.import_module("section_model")
+    for name in ("section_model", "reporting"):
+        sys.modules.pop(name)
 
 
 def measured():
@@ -30,7 +36,7 @@ def measured():
     return {"machine": {}, "results": {"options": options, "world": 2, "times": times, "links": links}}
 
 
-def test_a_ring_hides_its_messages_where_a_step_takes_as_long():
+def test_a_ring_hides_its_messages_where_a_step_takes_as_long(section_model):
     found = section_model.predicted(measured(), None, [100], 0.0, 8)
     row = next(
         row for row in found["hides"] if (row["link"], row["way"], row["causal"]) == ("NVLink", "forward", "causal")
@@ -41,7 +47,7 @@ def test_a_ring_hides_its_messages_where_a_step_takes_as_long():
     assert row["ranks"][-1] == pytest.approx(2**20 / wanted, rel=0.03)
 
 
-def test_backward_messages_are_three_times_those_of_the_forward():
+def test_backward_messages_are_three_times_those_of_the_forward(section_model):
     found = section_model.predicted(measured(), None, [100], 0.0, 8)
     forward, backward = (
         next(row["tokens"] for row in found["hides"] if row["way"] == way and row["link"].startswith("Ethernet"))
@@ -50,7 +56,7 @@ def test_backward_messages_are_three_times_those_of_the_forward():
     assert backward / forward == pytest.approx(3 / 2, rel=0.02)  # three times the bytes behind twice the work
 
 
-def test_ways_are_compared_with_the_share_of_the_whole():
+def test_ways_are_compared_with_the_share_of_the_whole(section_model):
     found = section_model.predicted(measured(), None, [100], 0.0, 8)
     rows = {(row["tokens"], row["ranks"]): row for row in found["fastest"]}
     assert rows[2**20, 8]["ring"] == pytest.approx(1.0)

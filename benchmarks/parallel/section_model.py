@@ -144,6 +144,11 @@ def predicted(measured, backend, ethernet, ethernet_latency, node):
 def fitted(points):
     """The latency and the speed that the smallest and the largest message tell."""
     (small, quick), (large, long) = min(points), max(points)
+    if long <= quick:
+        msg = (
+            f"links: {large} bytes took {long} s and {small} took {quick}: measure on a machine that does nothing else"
+        )
+        raise SystemExit(msg)
     speed = (large - small) / (long - quick)
     return Link(max(quick - small / speed, 0.0), speed)
 
