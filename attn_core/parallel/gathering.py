@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence  # noqa: TC003 - read from the operators' annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ def ordered(parts: list[torch.Tensor], dim: int, layout: Layout) -> torch.Tensor
     return torch.cat([piece for _, piece in pieces], dim) if pieces else parts[0].clone()
 
 
-def all_parts(cp: ContextParallel, tensor: torch.Tensor, dim: int, lengths: list[int]) -> list[torch.Tensor]:
+def all_parts(cp: ContextParallel, tensor: torch.Tensor, dim: int, lengths: Sequence[int]) -> list[torch.Tensor]:
     """The parts of all ranks, in the order of the grid: gathered among ulysses places first, then round the ring."""
     longest = max(lengths)
     row = tensor.movedim(dim, 0)
@@ -56,7 +57,7 @@ def all_parts(cp: ContextParallel, tensor: torch.Tensor, dim: int, lengths: list
 
 
 @torch.library.custom_op("attn_core::unshard", mutates_args=())
-def gather(tensor: torch.Tensor, dim: int, name: str, lengths: list[int]) -> torch.Tensor:
+def gather(tensor: torch.Tensor, dim: int, name: str, lengths: Sequence[int]) -> torch.Tensor:
     """The whole, from parts of these lengths on the ranks of the grid of this name."""
     from attn_core.parallel.context import context
 
@@ -65,7 +66,7 @@ def gather(tensor: torch.Tensor, dim: int, name: str, lengths: list[int]) -> tor
 
 
 @gather.register_fake
-def _(tensor: torch.Tensor, dim: int, name: str, lengths: list[int]) -> torch.Tensor:  # noqa: ARG001
+def _(tensor: torch.Tensor, dim: int, name: str, lengths: Sequence[int]) -> torch.Tensor:  # noqa: ARG001
     shape = list(tensor.shape)
     shape[dim] = sum(lengths)
     return tensor.new_empty(shape)

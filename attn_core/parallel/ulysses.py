@@ -115,7 +115,11 @@ def _no_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tu
     return out, query.new_zeros(batch, 0, length, dtype=wide(query.dtype))
 
 
-@torch.library.custom_op("attn_core::to_heads", mutates_args=())
+_SCHEMA = "(Tensor[] tensors, SymInt[] spread, str kind) -> Tensor[]"
+"""Given, since torch 2.6 can't tell it from the annotations."""
+
+
+@torch.library.custom_op("attn_core::to_heads", mutates_args=(), schema=_SCHEMA)
 def _to_heads(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: str) -> list[torch.Tensor]:
     begun(parsed(kind).cp)
     cp = agreed(with_batch(kind, tensors[0])).kind.cp
@@ -123,7 +127,7 @@ def _to_heads(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: str)
         return by_heads(cp, tensors, Spread.flat(spread, cp.ulysses))
 
 
-@torch.library.custom_op("attn_core::to_positions", mutates_args=())
+@torch.library.custom_op("attn_core::to_positions", mutates_args=(), schema=_SCHEMA)
 def _to_positions(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: str) -> list[torch.Tensor]:
     cp = agreed(with_batch(kind, tensors[0])).kind.cp
     with told(cp), torch.no_grad():
