@@ -84,6 +84,15 @@ def test_the_grid_predicted_to_be_the_fastest(capsys, shape, arguments, fastest)
     assert json.loads(capsys.readouterr().out)["parallel"]["fastest"] == fastest
 
 
+@pytest.mark.parametrize("length", [299, 301, 302, 517])
+@pytest.mark.parametrize("window", ["70,0", "10,-1", "200,-1"])
+def test_a_window_makes_no_piece_that_flash_attention_reads_otherwise(capsys, length, window):
+    """More queries than keys with an open right side, which native_flash refuses."""
+    arguments = ["--dtype", "bfloat16", "--device", "cuda", "--ring", "4", f"--window-size={window}", "--json"]
+    assert cli.main(["explain", "--query", f"1,{length},4,64", "--backend", "native_flash", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["chosen"] == "native_flash"
+
+
 def test_an_unknown_order_is_refused():
     shape = (1, 8, 2, 8)
     assert (

@@ -161,6 +161,14 @@ def _calls(rectangle: Rectangle, sight: Sight) -> Iterator[Piece]:
         if level < queries.stop:
             yield from _calls(Rectangle(Segment(level, queries.stop), keys, shift), sight)
         return
+    if left is not None and right is None and queries.length > keys.length:
+        # kernels in the manner of flash-attention take an open right side to be as long as the keys
+        for rows in (
+            Segment(queries.start, queries.start + keys.length),
+            Segment(queries.start + keys.length, queries.stop),
+        ):
+            yield from _calls(Rectangle(rows, keys, shift), sight)
+        return
     beyond = shift + queries.stop - keys.stop  # how far the diagonal passes the corner
     window = (-1 if left is None else left - beyond, -1 if right is None else right + beyond)
     yield Piece(queries, keys, causal=False, window=None if window == (-1, -1) else window)
