@@ -49,7 +49,7 @@ def followed(shape):
     return calls
 
 
-def refused(case, **wrong):
+def refused(case, mask=None):
     """What compiled code raises on this rank, and how many bytes it has sent before; twice."""
     torch._dynamo.reset()
     cp = context(case.shape, case.order)
@@ -61,7 +61,7 @@ def refused(case, **wrong):
     found = []
     for _ in range(2):
         try:
-            attend(q, k, v, parallel=cp, **{"backend": case.backend, **dict(case.options), **wrong})
+            attend(q, k, v, parallel=cp, attn_mask=mask, **{"backend": case.backend, **dict(case.options)})
         except Exception as error:  # noqa: BLE001 - it is what the test asks for
             found.append((type(error).__name__, str(error), sum(communication.sent.values())))
         else:
