@@ -130,3 +130,9 @@ def test_a_mask_of_a_part_is_refused_on_every_rank(ranks, shape, mask, said):
             assert kind is not None
             assert re.search(said, message), message
             assert sent == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+def test_compiled_code_follows_the_ranks_that_it_is_given(ranks, shape):
+    for calls in ranks.run("parallel_compiled.given", shape, on=shape[0] * shape[1]):
+        assert max(calls) <= EXACT, calls
