@@ -31,7 +31,7 @@ def test_a_ring_is_explained_with_what_it_sends(capsys):
     assert found["chosen"] == "native_flash"
     assert found["parallel"] == {
         "mode": "ring", "ring": 4, "ulysses": 1, "order": "zigzag", "positions": 1024, "busiest_share": 1.0,
-        "bytes_forward": 3 * chunk, "bytes_backward": 3 * chunk + 4 * 2 * chunk,
+        "bytes_forward": 3 * chunk, "bytes_backward": 3 * chunk + 4 * 2 * chunk, "fastest": [1, 4],
     }  # fmt: skip
 
 
@@ -69,6 +69,19 @@ def test_a_backend_without_a_backward_of_its_own_is_refused_where_gradients_are_
 )
 def test_what_makes_no_sense_across_ranks_is_refused_whoever_computes(capsys, arguments, said):
     assert said in data(capsys, *arguments)["refusal"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "fastest"),
+    [
+        ("1,65536,16,128", ("--ring", "8"), [1, 8]),  # a ring's steps are short, and launching them takes as long
+        ("1,65536,2,128", ("--ring", "8"), [4, 2]),  # ulysses has a place for each head at most
+        ("1,65536,1,128", ("--ulysses", "8"), [8, 1]),
+    ],
+)
+def test_the_grid_predicted_to_be_the_fastest(capsys, shape, arguments, fastest):
+    assert cli.main(["explain", "--query", shape, "--dtype", "bfloat16", "--causal", "--json", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["parallel"]["fastest"] == fastest
 
 
 def test_an_unknown_order_is_refused():

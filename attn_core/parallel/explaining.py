@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from attn_core.parallel.attending import refuse_what_no_ring_has
 from attn_core.parallel.context import ContextParallel
 from attn_core.parallel.kind import Kind
 from attn_core.parallel.layout import ORDERS, Layout, even
-from attn_core.parallel.traffic import busiest_share, bytes_sent
+from attn_core.parallel.traffic import busiest_share, bytes_sent, predicted_seconds
 from attn_core.reading import check_tensors, read
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Spreading:
         busiest_share: the scores that the busiest rank computes, over the average; 1 is balanced.
         bytes_forward: what the rank that sends most sends in the forward.
         bytes_backward: the same of the backward.
+        fastest: the grid of as many ranks, (ring, ulysses), of which the forward is predicted to be the fastest, on GPUs and a
+            link as in ``traffic.predicted_seconds``.
     """
 
     mode: str
@@ -45,18 +47,22 @@ class Spreading:
     busiest_share: float
     bytes_forward: int
     bytes_backward: int
+    fastest: tuple[int, int]
 
     def __str__(self) -> str:
-        grid = {
-            "ring": f"ring of {self.ring}, {self.order}",
-            "ulysses": f"ulysses over {self.ulysses}",
-            "hybrid": f"hybrid, ring of {self.ring} ({self.order}) x ulysses over {self.ulysses}",
-        }[self.mode]
+        grid = _shown(self.ring, self.ulysses, self.order)
         forward, backward = (f"{sent / _MEGABYTE:.1f} MB" for sent in (self.bytes_forward, self.bytes_backward))
         return (
             f"{grid}; at most {self.positions} queries on a rank; the busiest rank computes {self.busiest_share:.2f} x the "
-            f"average; a rank sends at most {forward} in the forward and {backward} in the backward"
+            f"average; a rank sends at most {forward} in the forward and {backward} in the backward; predicted to be the "
+            f"fastest on one node of H100s: {_shown(*self.fastest, self.order)}"
         )
+
+
+def _shown(ring: int, ulysses: int, order: str) -> str:
+    if min(ring, ulysses) > 1:
+        return f"hybrid, ring of {ring} ({order}) x ulysses over {ulysses}"
+    return f"ulysses over {ulysses}" if ulysses > 1 else f"ring of {ring}, {order}"
 
 
 def kind_of_whole(call: Call, query: torch.Tensor, key: torch.Tensor, grid: tuple[int, int, str]) -> Kind:
@@ -187,5 +193,28 @@ def spreading(kind: Kind) -> Spreading:
     places = [(ring, ulysses) for ring in range(kind.ring) for ulysses in range(kind.ulysses)]
     sent = [max(sum(bytes_sent(kind, *place, backward=late).values()) for place in places) for late in (False, True)]
     return Spreading(
-        kind.mode, kind.ring, kind.ulysses, kind.order, max(kind.query or (), default=0), busiest_share(kind), *sent
+        mode=kind.mode,
+        ring=kind.ring,
+        ulysses=kind.ulysses,
+        order=kind.order,
+        positions=max(kind.query or (), default=0),
+        busiest_share=busiest_share(kind),
+        bytes_forward=sent[0],
+        bytes_backward=sent[1],
+        fastest=_fastest(kind),
     )
+
+
+def _fastest(kind: Kind) -> tuple[int, int]:
+    """Of all grids of as many ranks; ulysses needs a query head for each place."""
+    ranks, queries, keys = kind.ring * kind.ulysses, sum(kind.query or ()), kind.keys or 0
+    grids = [
+        (ranks // places, places) for places in range(1, ranks + 1) if ranks % places == 0 and places <= kind.heads
+    ]
+    found = {}
+    for ring, ulysses in grids:
+        mode = "hybrid" if min(ring, ulysses) > 1 else "ulysses" if ulysses > 1 else "ring"
+        lying = [even(length, ring, ulysses, kind.order).flat for length in (queries, keys)]
+        other = replace(kind, mode=mode, ring=ring, ulysses=ulysses, query=lying[0], key=lying[1] if kind.key else ())
+        found[ring, ulysses] = predicted_seconds(other)
+    return min(found, key=lambda grid: found[grid])

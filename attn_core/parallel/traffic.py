@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from attn_core.parallel.heads import shares
+from attn_core.parallel.layout import Segment
 from attn_core.parallel.merge import wide
 from attn_core.parallel.preparation import course_of
+from attn_core.parallel.sight import pieces
 
 if TYPE_CHECKING:
     from attn_core.parallel.kind import Kind
     from attn_core.parallel.sight import Piece
+
+OPERATIONS_A_SECOND, BYTES_A_SECOND, BYTES_OF_MEMORY_A_SECOND, SECONDS_A_STEP = 6e14, 2.5e11, 2.5e12, 1.5e-4
 
 
 def bytes_sent(kind: Kind, ring: int, ulysses: int, *, backward: bool = False) -> Counter[str]:
@@ -45,6 +49,31 @@ def busiest_share(kind: Kind) -> float:
         pairs = [sum(pairs_of(piece) for step in steps for piece in step) for steps in course_of(kind).steps]
         work = [float(many * own) for many in pairs for own in heads]
     return max(work) * len(work) / sum(work) if sum(work) else 1.0
+
+
+def predicted_seconds(kind: Kind) -> float:
+    """How long the forward takes on the busiest rank, roughly: to compare one grid with another.
+
+    A step of a ring takes as long as its kernel or its message, whichever is longer, and then its merge and what it costs to
+    launch; what ulysses exchanges is not hidden. The speeds are those that were measured on two H100s and NVLink, in bfloat16.
+    """
+    pairs = sum(pairs_of(piece) for piece in pieces(_whole(kind.query), _whole((kind.keys or 0,)), kind.sight))
+    operations = 2 * pairs * kind.heads * (kind.head_dim + kind.value_head_dim) * (kind.batch or 0)
+    computing = operations * busiest_share(kind) / (kind.ring * kind.ulysses) / OPERATIONS_A_SECOND
+    sent = bytes_sent(kind, 0, 0)
+    steps = max(course_of(kind).last) + 1 if kind.mode != "ulysses" and kind.key else 1
+    message = sent["keys"] / max(steps - 1, 1) / BYTES_A_SECOND
+    exchanging = (sent["heads"] + sent["masks"]) / BYTES_A_SECOND
+    exchanging += 2 * SECONDS_A_STEP if kind.mode != "ring" else 0.0
+    if steps == 1:
+        return exchanging + computing
+    numbers = max(kind.query or (0,)) * kind.heads * kind.value_head_dim * (kind.batch or 0)
+    merging = numbers * 10 / BYTES_OF_MEMORY_A_SECOND  # reads and writes float32, reads what is merged in
+    return exchanging + steps * (max(computing / steps, message) + merging + SECONDS_A_STEP)
+
+
+def _whole(lengths: tuple[int, ...] | None) -> tuple[Segment, ...]:
+    return (Segment(0, sum(lengths or ())),)
 
 
 def pairs_of(piece: Piece) -> int:

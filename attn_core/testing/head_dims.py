@@ -41,7 +41,7 @@ def many_head_dims(declared: HeadDims | None, random: Random) -> list[tuple[int,
 
     >>> from random import Random
     >>> len(many_head_dims(range(8, 257, 8), Random(0))), len(many_head_dims(range(16, 257), Random(0)))
-    (32, 45)
+    (32, 40)
     """
     numbers, pairs = _declared(range(1, 300) if declared is None else declared)
     if declared is not None and len(numbers) <= 2 * FEW:

@@ -46,12 +46,14 @@ def _hold(operator: str, planned: Any, made: Any) -> None:
 def kind(tensor: torch.Tensor, like: torch.Tensor) -> str:
     """Shape, strides, dtype and device, as text; a length that is planned for any number is that of ``like``.
 
-    The stride of a dimension of one element, or of an empty tensor, is never used.
+    The stride of a dimension of one element, or of an empty tensor, is never used, and a tensor of one number may be on a CPU
+    wherever it is used: torch plans the seeds of its own kernels elsewhere than they come.
     """
     sizes = [_number(size, own) for size, own in zip(tensor.shape, like.shape, strict=False)]
     strides = [_number(stride, own) for stride, own in zip(tensor.stride(), like.stride(), strict=False)]
     used = [stride for size, stride in zip(sizes, strides, strict=True) if size > 1 and all(sizes)]
-    return f"{sizes} with strides {used}, {tensor.dtype}, {tensor.device}"
+    place = f", {tensor.device}" if tensor.ndim else ""
+    return f"{sizes} with strides {used}, {tensor.dtype}{place}"
 
 
 def _number(planned: Any, real: int) -> int:

@@ -16,6 +16,7 @@ SECTIONS = {
     "merge": "merging partial results over the time to move their bytes",
     "balance": "the busiest rank over 1/P of the whole, rank by rank on one GPU",
     "training": "the loss curve of a tiny transformer on several ranks and on one",
+    "model": "from measured times and link speeds: where a ring hides what it sends, and the fastest way",
     "overlap": "ring and ulysses on real GPUs: right, and how fast; under torchrun",
 }
 

@@ -17,7 +17,7 @@ causal or not, in zigzag order. In contiguous order under causal, chunks are not
 from __future__ import annotations
 
 import torch
-from ranks import on_ranks
+from processes import on_ranks
 from reporting import keep, table
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile

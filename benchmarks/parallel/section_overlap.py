@@ -55,7 +55,7 @@ def run(options):
         mode: ContextParallel(DeviceMesh(device, ranks, mesh_dim_names=(mode,))) for mode in ("ring", "ulysses")
     }
     contexts["contiguous ring"] = ContextParallel(contexts["ring"].mesh, order="contiguous")
-    results = {"world": len(ranks), "backend": dist.get_backend()}
+    results = {"options": vars(options), "world": len(ranks), "backend": dist.get_backend()}
     results["checks"] = checks(options, contexts, device)
     results["links"] = links(contexts["ring"], device)
     results["transfer"] = transfer_cost(contexts["ring"], device)

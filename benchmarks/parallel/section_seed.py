@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from processes import on_ranks
 from reporting import keep, table
 from section_bytes import mesh_of, peak
 from torch.profiler import ProfilerActivity, profile

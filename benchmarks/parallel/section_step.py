@@ -7,6 +7,7 @@ over one of two, divided by the steps that it has more.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from alone import place
 from reporting import keep, table
 from timing import cpu_microseconds
@@ -33,10 +34,20 @@ def run(options):
             }
             name = f"{'causal' if causal else 'all'}, {'with' if merging else 'without'} the merge"
             results[name] = {"step": step, "calls": found}
-            rows.append([name, step["forward"], step["backward"], found[FEW]["forward"], found[FEW]["backward"]])
+            exchange = found[FEW]["exchange"]
+            rows.append(
+                [name, step["forward"], step["backward"], exchange, found[FEW]["forward"], found[FEW]["backward"]]
+            )
     table(
         f"CPU microseconds of a ring step on top of its kernel, tiny tensors on {options.device}; wanted: 60",
-        ["", "forward", "backward", f"whole call of {FEW} places, forward", "backward"],
+        [
+            "",
+            "forward",
+            "backward",
+            "one `batch_isend_irecv`, waited for",
+            f"whole call of {FEW} places, forward",
+            "backward",
+        ],
         rows,
     )
     keep(options.json, "step", results)
@@ -63,6 +74,7 @@ def measured(options, places, causal, merging):
             {
                 "forward": lambda: attention(tensor, tensor, tensor, **how),
                 "backward": lambda: torch.autograd.grad(out, leaf, tensor, retain_graph=True),
+                "exchange": lambda: exchange(cp, tensor),
                 "forward kernel": lambda: forward(tensor, tensor, tensor, scale=1.0),
                 "backward kernel": lambda: backward(tensor, tensor, tensor, tensor, tensor, tensor, scale=1.0),
             },
@@ -71,6 +83,14 @@ def measured(options, places, causal, merging):
         install(adapters, real)
     ring.merge_ = kept
     return found
+
+
+def exchange(cp, tensor):
+    """What torch.distributed takes for one message each way: a step of a forward has one such exchange, of a backward two."""
+    group = cp.group("ring")
+    operations = [dist.P2POp(dist.isend, tensor, 1, group), dist.P2POp(dist.irecv, tensor, 1, group)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
 
 
 def stub_of(tensor):

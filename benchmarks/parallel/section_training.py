@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from processes import on_ranks
 from reporting import keep, table
 from section_bytes import mesh_of
 from torch.nn import functional
@@ -39,7 +39,7 @@ def run(options):
     }
     many, one = curves.values()
     differences = [abs(a - b) for a, b in zip(many["losses"], one["losses"], strict=True)]
-    apart = max((a - b).abs().max().item() for a, b in zip(many["parameters"], one["parameters"], strict=True))
+    apart = float(abs(many["parameters"] - one["parameters"]).max())
     marks = sorted({0, *range(options.steps // 4 - 1, options.steps, options.steps // 4)})
     table(
         f"Loss of a tiny transformer, ring x ulysses of {options.shape[0]} x {options.shape[1]} beside one rank; the curves are "
@@ -106,6 +106,7 @@ class Model(torch.nn.Module):
         self.embed = torch.nn.Embedding(characters, width)
         self.layers = torch.nn.ModuleList(Layer(width, heads, key_heads) for _ in range(layers))
         self.last, self.dim = torch.nn.LayerNorm(width), width // heads
+        torch.nn.init.normal_(self.embed.weight, std=width**-0.5)  # it makes the logits, too
 
     def forward(self, text, positions, parallel):
         """Logits (B, S, characters) for text (B, S) that lies at these positions of its sequences."""
@@ -136,7 +137,7 @@ def trained(given):
         starts = torch.randint(0, len(text) - options.length - 1, (4,), generator=order)
         batch = torch.stack([text[start : start + options.length + 1] for start in starts.tolist()])
         losses.append(step(model, optimizer, batch, cp))
-    return {"losses": losses, "parameters": [parameter.detach() for parameter in model.parameters()]}
+    return {"losses": losses, "parameters": torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy()}
 
 
 def step(model, optimizer, batch, cp):

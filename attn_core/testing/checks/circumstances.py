@@ -70,12 +70,24 @@ def uninitialised(subject: Subject) -> str:
     _leave_out_if_it_compiles(subject)
     varied = ("mask", "causal", "window_size", "lengths", "heads", "dtype", "return_lse")
     cases = subject.draw(12, *varied, each=BOTH)
+    tried, refusal = 0, ""
     for case in cases:
         built = case.build()
-        with _filled_with_nan():
-            found = results_and_gradients(subject, case, built)
+        try:
+            with _filled_with_nan():
+                found = results_and_gradients(subject, case, built)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            # the only way to have memory filled tells kernels to be deterministic, which some refuse to be
+            if "determin" not in str(error):
+                raise
+            refusal = str(error)
+            continue
         hold(subject, case, found, "with NaN in memory before")
-    return f"{len(cases)} calls"
+        tried += 1
+    if not tried:
+        msg = f"torch fills memory only where it asks for deterministic algorithms, and then it raises: {refusal[:200]}"
+        raise NotChecked(msg)
+    return f"{tried} calls"
 
 
 @contextmanager

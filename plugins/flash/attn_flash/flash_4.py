@@ -10,17 +10,23 @@ key padding is not packed: the kept keys of a sequence go to its front, and ``se
 
 from __future__ import annotations
 
+import sys
+import warnings
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from flash_attn.cute import flash_attn_func
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch.nn.functional import pad
 
 from attn_core.masks import KeyPadding, traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
 from attn_core.packing import Front, front, keeps_diagonals
+
+_shows_errors = sys.excepthook
+with warnings.catch_warnings():  # its language sets filters, and a hook of its own for what nobody catches
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+sys.excepthook = _shows_errors
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -340,3 +342,14 @@ def test_the_core_knows_this_wheel():
     from attn_flash.plugin import attn_backends
 
     assert list(known_wheels()["attn-flash"]) == [spec.name for spec in attn_backends()]
+
+
+def test_loading_flash_attn_4_leaves_warnings_and_the_hook_for_errors_as_they_were(monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS / "standins"))
+    for name in [name for name in sys.modules if name == "attn_flash.flash_4" or name.startswith("flash_attn")]:
+        monkeypatch.delitem(sys.modules, name)
+    filters, hook = list(warnings.filters), sys.excepthook
+    adapter = importlib.import_module("attn_flash.flash_4")
+    monkeypatch.setitem(sys.modules, "attn_flash.flash_4", adapter)
+    assert warnings.filters == filters
+    assert sys.excepthook is hook

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Mask = Any
 _MOST_PROGRAMS = 65535
 """How many sequences times heads split-K takes at a time: they are one dimension of its grid."""
+_MOST_PARTIAL_NUMBERS, _ROWS_OF_A_BLOCK = 2**31 // 64, 128
+"""Of a sequence its partial results, in up to 64 splits, are counted in 32 bits; queries come in blocks of up to so many."""
 
 
 class _Operator:
@@ -89,11 +91,19 @@ class _Operator:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, *, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         given = self.given(None, None, options)
-        if self.which != "splitk" or query.shape[0] <= (most := max(_MOST_PROGRAMS // query.shape[2], 1)):
+        if self.which != "splitk":
             return call(query, key, value, given, lse=return_lse)
-        parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
-        found = [call(*part, given, lse=return_lse) for part in parts]
-        return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found]) if return_lse else None
+        batch, queries, heads, width = query.shape
+        most = max(_MOST_PROGRAMS // heads, 1)
+        if batch > most:
+            parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
+            found = [self._dense(*part, options, return_lse=return_lse) for part in parts]
+            return torch.cat([out for out, _ in found]), _joined(found, 0) if return_lse else None
+        rows = max(_MOST_PARTIAL_NUMBERS // (heads * width) - _ROWS_OF_A_BLOCK, 1)
+        if queries > rows:
+            found = [call(part, key, value, given, lse=return_lse) for part in query.split(rows, 1)]
+            return torch.cat([out for out, _ in found], 1), _joined(found, 2) if return_lse else None
+        return call(query, key, value, given, lse=return_lse)
 
     def given(self, bias: torch.Tensor | None, starts: Starts | None, options: Options) -> Given:
         """The call in the words of xformers. One query for each sequence would be taken for no causal call."""
@@ -252,3 +262,7 @@ flash_forward: Any = MethodType(forward, _FLASH)
 flash_backward: Any = MethodType(backward, _FLASH)
 splitk_forward: Any = MethodType(forward, _SPLITK)
 """Attention by the Triton kernel that splits the keys."""
+
+
+def _joined(found: list[tuple[torch.Tensor, torch.Tensor | None]], dim: int) -> torch.Tensor:
+    return torch.cat([lse for _, lse in found if lse is not None], dim)

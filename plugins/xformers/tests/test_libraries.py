@@ -134,3 +134,12 @@ def test_the_core_knows_this_wheel():
     from attn_xformers.plugin import attn_backends
 
     assert list(known_wheels()["attn-xformers"]) == [spec.name for spec in attn_backends()]
+
+
+def test_split_k_takes_no_more_queries_than_its_partial_results_can_be_counted(calls, monkeypatch):
+    monkeypatch.setattr("attn_xformers.adapters._MOST_PARTIAL_NUMBERS", 4 * 16 * (128 + 5))
+    query, key = half(2, 12, 4, 16), half(2, 9, 2, 16)
+    out, lse = attention(query, key, key, return_lse=True, backend="xformers_splitk_standin")
+    assert [call[2][1] for call in calls] == [5, 5, 2]
+    expected = attention(query, key, key, return_lse=True, backend="native_math")
+    torch.testing.assert_close((out, lse), expected, atol=1e-2, rtol=1e-2)

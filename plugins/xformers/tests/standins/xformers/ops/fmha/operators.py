@@ -97,6 +97,8 @@ class SplitK(Operator):
             raise ValueError(f"Embed dim {query.shape[-1]} not supported")
         if query.shape[0] * query.shape[2:-1].numel() > 65535:
             raise RuntimeError("Triton Error [CUDA]: invalid argument")
+        if query.shape[1:].numel() * 64 >= 2**31:  # counted in 32 bits
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
 
 def sides(bias, queries, keys, flash):
