@@ -154,9 +154,9 @@ def _exchange(lying: Any, lengths: tuple[int, int], *facts: Any) -> tuple[Any, .
 
 
 def _layout(cp: ContextParallel, local: int) -> Layout:
-    """Of the sequence that was sharded last, where this can be a part of it: graphs are made anew when another one was."""
-    latest = cp.shared.latest
-    return latest if latest is not None and latest.flat[cp.index] == local else cp.layout_of(local)
+    """Of the last of the two sequences sharded last that this can be a part of: graphs are made anew when others were."""
+    fitting = (layout for layout in cp.recent if layout.flat[cp.index] == local)
+    return next(fitting, None) or cp.layout_of(local)
 
 
 def _kind(
