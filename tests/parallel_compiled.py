@@ -49,7 +49,27 @@ def followed(shape):
     return calls
 
 
-def refused(case, **wrong):
+def given(shape):
+    """What one compiled function computes on the ranks that it is given: differences, one after another."""
+    torch._dynamo.reset()
+    from attn_core.testing import reference
+
+    q, k, v, *_ = inputs(Case(shape=shape, queries=20))
+    wanted = reference(q, k, v, causal=True)[0]
+    attend = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    zigzag, contiguous = context(shape), context(shape, "contiguous")
+    calls = []
+    for parallel in (zigzag, contiguous, zigzag.given_whole("key"), zigzag.given_whole("query"), None) * 2:
+        cp = contiguous if parallel is contiguous else zigzag
+        whole = {"query", "key"} if parallel is None else parallel.whole
+        query = q if "query" in whole else cp.shard(q)
+        key, value = (k, v) if "key" in whole else (cp.shard(k), cp.shard(v))
+        found = attend(query, key, value, causal=True, backend="native_math", parallel=parallel)
+        calls.append((found - (wanted if "query" in whole else cp.shard(wanted))).abs().max().item())
+    return calls
+
+
+def refused(case, mask=None):
     """What compiled code raises on this rank, and how many bytes it has sent before; twice."""
     torch._dynamo.reset()
     cp = context(case.shape, case.order)
@@ -61,7 +81,7 @@ def refused(case, **wrong):
     found = []
     for _ in range(2):
         try:
-            attend(q, k, v, parallel=cp, **{"backend": case.backend, **dict(case.options), **wrong})
+            attend(q, k, v, parallel=cp, attn_mask=mask, **{"backend": case.backend, **dict(case.options)})
         except Exception as error:  # noqa: BLE001 - it is what the test asks for
             found.append((type(error).__name__, str(error), sum(communication.sent.values())))
         else:

@@ -76,7 +76,7 @@ def all_gradients(model):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
-def forward(kind, shape, order, padded, starts, checkpointed=False):
+def forward(kind, shape, order, padded, starts, checkpointed=False, described=False):
     """The largest differences of the outputs and of the parameters' gradients from those of one rank."""
     cp = context(shape, order)
     model = model_of(kind)
@@ -96,6 +96,9 @@ def forward(kind, shape, order, padded, starts, checkpointed=False):
     model.zero_grad()
     parts = [cp.shard(item) for item in (ids, positions, real, weights)]
     mask = mask if mask is None else cp.shard(mask, dim=2 if mask.ndim == 4 else 1)
+    if described:
+        ends = torch.tensor([0, *starts]).cumsum(0).to(torch.int32)
+        options |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
     with use_parallel(cp):
         found = outputs(model, input_ids=parts[0], attention_mask=mask, position_ids=parts[1], **options)
     (found.sum(-1) * parts[3]).sum().backward()  # outside: what the backward needs is known
@@ -178,6 +181,11 @@ def refused(kind, shape, order, how):
         inputs |= {"position_ids": cp.shard(starts), "use_cache": False}
     elif how == "a document each":
         inputs |= {"position_ids": torch.arange(part.shape[1])[None], "use_cache": False}
+    elif how == "offsets of a part":
+        inputs["cu_seq_lens_q"] = torch.tensor([0, 4, part.shape[1]], dtype=torch.int32)
+    elif how == "offsets and no positions":
+        offsets = torch.tensor([0, 9, LENGTH], dtype=torch.int32)
+        inputs |= {"cu_seq_lens_q": offsets, "position_ids": torch.arange(part.shape[1])[None]}
     elif how == "packed in a cache":
         inputs["position_ids"] = cp.shard(torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None])
     elif how == "whole padding":

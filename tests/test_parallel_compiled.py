@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 from parallel_work import Case
+
+from attn_core import KeyPadding, Packed
 
 EXACT = 1e-10
 CAUSAL = (("causal", True),)
@@ -102,3 +107,32 @@ def test_compiled_ranks_and_others_make_one_call(ranks, shape):
 def test_operators_are_as_torch_wants_them(ranks, shape, names):
     for found in ranks.run("parallel_compiled.checked", Case(shape=shape, queries=17), on=shape[0] * shape[1]):
         assert found == names
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
+def test_parts_of_one_length_of_two_sequences_are_told_apart(ranks, shape):
+    """On some rank: the guards on what was sharded last are what tells."""
+    agrees(ranks, [Case(shape=shape, queries=n, options=CAUSAL) for n in (65, 66, 65, 66, 65)], graphs=3)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (KeyPadding(torch.ones(2, 8, dtype=torch.bool)), r"accepted: \(2, 16\)"),
+        (Packed(torch.tensor([0, 3, 8], dtype=torch.int32)), "Packed with a batch of 2|accepted: "),
+        (torch.ones(1, 1, 8, 8, dtype=torch.bool), "the columns of all keys"),
+    ],
+)
+def test_a_mask_of_a_part_is_refused_on_every_rank(ranks, shape, mask, said):
+    for answers in ranks.run("parallel_compiled.refused", Case(shape=shape), mask, on=shape[0] * shape[1]):
+        for kind, message, sent in answers:
+            assert kind is not None
+            assert re.search(said, message), message
+            assert sent == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+def test_compiled_code_follows_the_ranks_that_it_is_given(ranks, shape):
+    for calls in ranks.run("parallel_compiled.given", shape, on=shape[0] * shape[1]):
+        assert max(calls) <= EXACT, calls

@@ -45,6 +45,13 @@ def test_documents_told_by_positions_stay_apart(ranks, kind, starts):
         agrees(ranks, kind, shape, "zigzag", None, starts)
 
 
+@pytest.mark.parametrize("starts", [(9, 13), (6, 6, 5, 5), (11, 11)])
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+def test_documents_told_by_offsets_stay_apart(ranks, starts, order):
+    for shape in SHAPES:
+        agrees(ranks, "mistral", shape, order, None, starts, False, True)
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -55,6 +62,8 @@ def test_documents_told_by_positions_stay_apart(ranks, kind, starts):
         ("whole padding", "sharded as input_ids are"),
         ("local mask", "the columns of all keys"),
         ("padding and documents", "padding together with sequences"),
+        ("offsets of a part", "those of the whole sequence on every rank"),
+        ("offsets and no positions", "start again within a sequence"),
         ("static cache", "past_key_values"),
         ("generate", ""),
         ("different batches", "1 on rank 0, 2 on rank 1"),

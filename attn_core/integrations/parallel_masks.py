@@ -47,6 +47,10 @@ NOT_HANDED_DOWN = (
     "position_ids: found sequences laid end to end on some ranks; this model hands no position_ids to attention, so that those "
     "of the other ranks are unknown; accepted in context parallel: cu_seq_lens_q of the whole on every rank"
 )
+STARTS_WITHIN = (
+    "position_ids: found positions of the whole that start again within a sequence of cu_seq_lens_q; accepted: those of the "
+    "whole, or of each sequence, sharded with cp.shard, and cu_seq_lens_q of the whole on every rank"
+)
 TWO_KINDS = (
     "attention_mask: found padding together with sequences laid end to end; accepted in context parallel: one of them. Leave "
     "padding out of what is laid end to end"
@@ -100,18 +104,10 @@ class PartialMask:
         if not self._whole:
             self.parallel.shared.begin()
             with told(self.parallel):
-                self._whole.append(self._gathered(position_ids))
-        found = self._whole[0]
-        if packed is None or found is None:
-            return found if packed is None else packed
-        if isinstance(found, KeyPadding):
-            raise CallRefused(TWO_KINDS)
-        if packed.lengths_q != found.lengths_q:
-            msg = f"cu_seq_lens_q: found sequences of {packed.lengths_q}; accepted: those of position_ids, {found.lengths_q}"
-            raise CallRefused(msg)
-        return packed
+                self._whole.append(self._gathered(position_ids, packed))
+        return self._whole[0]
 
-    def _gathered(self, position_ids: Any) -> KeyPadding | Packed | None:
+    def _gathered(self, position_ids: Any, packed: Packed | None) -> KeyPadding | Packed | None:
         cp = self.parallel
         if cp.whole:
             found = " and ".join(sorted(cp.whole))
@@ -120,11 +116,13 @@ class PartialMask:
         refuse_whole(cp, "query", self.queries)
         refuse_whole(cp, "key", self.keys)
         ranks = _Ranks(gathered(cp, self._said(position_ids), 0, self._layout()), self.batch)
+        if packed is not None:
+            ranks.hold(packed)
+            return packed
         documents = ranks.documents() if self.queries == self.keys else None
         if documents is not None:
             return documents
-        keep = ranks.keep
-        return None if bool(keep.all()) else KeyPadding(keep)
+        return None if bool(ranks.keep.all()) else KeyPadding(ranks.keep)
 
     def _layout(self) -> Layout:
         """How the keys lie on all ranks, which have to have one batch, or what follows would not fit together."""
@@ -187,6 +185,17 @@ class _Ranks:
         ends = starts[0].nonzero()[:, 0] + 1
         offsets = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([self.keep.shape[1]])])
         return Packed(offsets.to(torch.int32))
+
+    def hold(self, packed: Packed) -> None:
+        """Refuse sequences that the caller described where padding or positions say otherwise."""
+        if not bool(self.keep.all()):
+            raise CallRefused(TWO_KINDS)
+        if self._any(_UNKNOWN):
+            return
+        starts = self._positions.diff(dim=1) != 1
+        found = {int(start) + 1 for start in starts.any(0).nonzero()[:, 0]}
+        if not found <= set(packed.cu_seqlens_q.tolist()):
+            raise CallRefused(STARTS_WITHIN)
 
     def _any(self, remark: int) -> bool:
         return any(one & remark for one in self._remarks)

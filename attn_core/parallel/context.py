@@ -31,9 +31,9 @@ class Shared:
     """What all that were made for one grid remember together.
 
     Attributes:
-        layouts: of the sequences that were sharded, or told of.
+        layouts: of the sequences that were sharded, or told of; the last of them last.
         latest: the last of them.
-        told: the same in words, which compiled code guards.
+        told: the last two in words, which compiled code guards.
         calls: how many were begun; the same on every rank, so that a failure belongs to a call.
         going: whether a call that was begun here is still read; what compiled code runs begins calls by itself.
         points: at how many points of the call that is going on the ranks have spoken.
@@ -175,9 +175,11 @@ class ContextParallel:
             layout = even(total, self.ring, self.ulysses, self.order)
         else:
             layout = self._given(tuple(lengths), total)
-        self.shared.layouts[layout] = None
-        self.shared.latest = layout
-        self.shared.told = f"{layout.flat}"
+        if layout != self.shared.latest:
+            self.shared.layouts.pop(layout, None)  # to be the last
+            self.shared.layouts[layout] = None
+            self.shared.latest = layout
+            self.shared.told = "; ".join(f"{one.flat}" for one in self.recent)
         return layout
 
     def _given(self, lengths: tuple[int, ...], total: int | None) -> Layout:
@@ -194,6 +196,11 @@ class ContextParallel:
         """How a sequence lies that has so many positions on each rank, in the order of the grid."""
         rows = tuple(tuple(lengths[start : start + self.ulysses]) for start in range(0, self.size, self.ulysses))
         return Layout(rows, self.order)
+
+    @property
+    def recent(self) -> list[Layout]:
+        """The last two sequences that were sharded, or told of, the last one first: keys and queries, say."""
+        return list(self.shared.layouts)[:-3:-1]
 
     def known_layout(self, local: int) -> Layout | None:
         """The layout whose part here has this length; None where none is known, or where some rank could not tell which.

@@ -51,7 +51,7 @@ def traced_parallel(
         checked: the options.
         chosen: the names that the call allows, and who chose.
     """
-    name, whole, mode, _ = identity
+    name, whole, mode, told = identity
     rows = None
     if "query" in whole:
         length = traced.constant(query.shape[1])
@@ -73,7 +73,7 @@ def traced_parallel(
             reading.needs_graph(query, key, value),
         )
         compute = _round if mode == "ring" else _over_heads
-        out, lse = compute((name, "key" in whole, rows), facts, query, key, value, attn_mask)
+        out, lse = compute((name, "key" in whole, rows, told), facts, query, key, value, attn_mask)
     if rows is not None:
         out = gather(out, 1, name, list(rows))
         lse = gather(lse, 2, name, list(rows)) if checked["return_lse"] else lse
@@ -127,7 +127,7 @@ def _rows(name: str, total: int) -> tuple[tuple[int, ...], tuple[tuple[int, int]
 
 def _ring_kind(lying: Any, *facts: Any) -> tuple[Any, ...]:
     """("run", the text of the kind) or ("refused", which error, why)."""
-    name, whole_key, rows = lying
+    name, whole_key, rows, _ = lying
     try:
         return "run", _kind(name, *facts, query=rows, key=() if whole_key else None, keys=None).text
     except AttnError as error:
@@ -136,7 +136,7 @@ def _ring_kind(lying: Any, *facts: Any) -> tuple[Any, ...]:
 
 def _exchange(lying: Any, lengths: tuple[int, int], *facts: Any) -> tuple[Any, ...]:
     """("run", the exchange, the backend, how many queries and keys in all) or ("refused", which error, why)."""
-    name, whole_key, rows = lying
+    name, whole_key, rows, _ = lying  # the last is what was told of lengths: Dynamo guards what is asked for alone
     cp = context(name)
     try:
         query = rows
@@ -154,9 +154,9 @@ def _exchange(lying: Any, lengths: tuple[int, int], *facts: Any) -> tuple[Any, .
 
 
 def _layout(cp: ContextParallel, local: int) -> Layout:
-    """Of the sequence that was sharded last, where this can be a part of it: graphs are made anew when another one was."""
-    latest = cp.shared.latest
-    return latest if latest is not None and latest.flat[cp.index] == local else cp.layout_of(local)
+    """Of the last of the two sequences sharded last that this can be a part of: graphs are made anew when others were."""
+    fitting = (layout for layout in cp.recent if layout.flat[cp.index] == local)
+    return next(fitting, None) or cp.layout_of(local)
 
 
 def _kind(
