@@ -29,7 +29,7 @@ class Ranks:
         timeout: of the group, in seconds.
     """
 
-    def __init__(self, world: int = 8, timeout: float = 20.0) -> None:
+    def __init__(self, world: int = 8, timeout: float = 60.0) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -44,6 +44,12 @@ class Ranks:
             there.close()
             self.pipes.append(here)
             self.processes.append(process)
+        for (
+            pipe
+        ) in self.pipes:  # importing takes as long as the machine likes; the group's timeout begins when all have
+            pipe.recv()
+        for pipe in self.pipes:
+            pipe.send("begin")
 
     def run(self, job: str, *arguments: object, on: int | None = None) -> list[object]:
         """The results of ``job(*arguments)`` on ranks 0 to ``on`` - 1; raises what a rank raised."""
@@ -85,8 +91,10 @@ def _serve(pipe: object, rank: int, world: int, port: int, timeout: float) -> No
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.distributed_c10d.default_pg_timeout = dt.timedelta(seconds=timeout)  # which a mesh's groups take
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=dt.timedelta(seconds=timeout))
     importlib.import_module("parallel_work")
+    pipe.send("ready")
+    pipe.recv()
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=dt.timedelta(seconds=timeout))
     while True:
         try:
             job, arguments = pipe.recv()

@@ -41,7 +41,11 @@ FORMS: dict[str, tuple[dict[str, Any], ...]] = {
     "key_padding": tuple({"mask_hides": hides} for hides in ("left", "right", "some", "nothing", "everything")),
     "packed": ({"batch": 1},),
     "bool": (*_DENSE, {"mask_hides": "everything"}, {"mask_hides": "nothing"}),
-    "float": (*_DENSE, {"mask_hides": "far"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"}),
+    "float": (
+        *_DENSE, {"mask_hides": "far"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"},
+        {"mask_dtype": "float32", "dtype": "float16", "return_lse": True},  # of rounding the mask the lse alone tells
+        {"mask_dtype": "float32", "dtype": "bfloat16"},
+    ),
 }  # fmt: skip
 """For each kind of mask, what it may be like."""
 

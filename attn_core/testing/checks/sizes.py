@@ -27,6 +27,7 @@ def lengths(subject: Subject) -> str:
     """Lengths around the multiples of 16, 64 and 128, of queries and of keys."""
     each: list[dict[str, Any]] = [{"queries": length} for length in _LENGTHS]
     each += [{"queries": length, "keys": other} for length, other in zip(_LENGTHS, _LENGTHS[::-1], strict=True)]
+    each += [{"queries": 1, "keys": few} for few in (2, 5, 17)]  # of which each key weighs
     admitted = subject.admitted(each)
     return subject.hold(subject.draw(len(admitted), "causal", "return_lse", "gradients", "dtype", each=admitted))
 
