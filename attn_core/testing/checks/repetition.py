@@ -102,9 +102,9 @@ def other_devices(subject: Subject) -> str:
 def threads(subject: Subject) -> str:
     """Several threads call at once, each with tensors and options of its own."""
     varied = ("dtype", "mask", "scale", "causal", "heads", "return_lse")
-    cases = subject.draw(THREADS, *varied, each=[{"queries": length, "keys": None} for length in (16, *range(40, 51))])[
-        :THREADS
-    ]
+    lengths = [{"queries": length, "keys": None} for length in (16, *range(40, 51))]
+    cases = subject.draw(2, each=[{"scale": 0.3}, {"scale": 2.0}])[:2]  # which differ in nothing else
+    cases = [*cases, *subject.draw(THREADS, *varied, each=lengths)][:THREADS]
     work = [(case, made(case)) for case in cases]
     prepared = [(case, built, *reference_of(built, case)) for case, built in work]
     for _, built in work:
