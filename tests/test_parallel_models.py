@@ -83,4 +83,8 @@ def test_a_compiled_model_is_right_or_refused_inside_a_scope(ranks, shape, fullg
     for found in ranks.run("parallel_models.compiled", shape, fullgraph, on=2):
         for one in found:
             right = isinstance(one, float) and one <= EXACT
-            assert right or "found a scope that is open around a compiled model" in one
+            # in one environment torch itself refuses to trace the scope
+            refused = isinstance(one, str) and (
+                "found a scope that is open around a compiled model" in one or "OpaqueObject" in one
+            )
+            assert right or refused

@@ -66,7 +66,7 @@ def started(world, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("names", [("right", "other"), ("right",)])
 def test_outcomes_are_json_whatever_kernels_print_and_a_script_runs_once(started, names):
-    out, err = started(*names, "--only", "results,causal", "--json").communicate(timeout=120)
+    out, err = started(*names, "--only", "results,causal", "--json").communicate(timeout=480)
     outcomes = [(item["backend"], item["check"], item["status"]) for item in json.loads(out)]
     assert outcomes == [(name, check, "passed") for name in names for check in ("results", "causal")], err
     assert "from Python" in err
@@ -97,7 +97,7 @@ def test_no_process_is_left_over_however_the_command_ends(started, tmp_path, how
     processes = [int(file.name.removeprefix("pid-")) for file in tmp_path.glob("pid-*")]
     assert all(map(alive, processes))
     command.send_signal(how)
-    _, err = command.communicate(timeout=60)
+    _, err = command.communicate(timeout=300)
     assert command.returncode == (130 if how == signal.SIGINT else -how)
     assert "Traceback" not in err
     assert until(lambda: not any(map(alive, processes)), 20)

@@ -125,7 +125,7 @@ def whole_forward(
     """
     queries, keys, values = flat(query), flat(key), flat(value)
     out = queries.new_full((*queries.shape[:2], values.shape[2]), torch.nan)
-    lse = torch.full((queries.shape[1], queries.shape[0]), torch.nan, dtype=torch.float32)
+    lse = torch.full((queries.shape[1], queries.shape[0]), torch.nan, dtype=torch.float32, device="cpu")
     places = parts(query, key, cu_seqlens_q, cu_seqlens_k, used, tile)
     for number, ((rows, columns), (_, wide)) in enumerate(places):
         seen = visible(length(rows), length(columns), causal, left, right)
@@ -146,7 +146,7 @@ def whole_backward(
     if cu_seqlens_q is None:
         lse = lse.transpose(0, 1).flatten(1)
     tensors = [flat(item) for item in (grad_out, query, key, value, out)]
-    grads = [torch.full(item.shape, torch.nan, dtype=item.dtype) for item in tensors[1:4]]
+    grads = [torch.full(item.shape, torch.nan, dtype=item.dtype, device="cpu") for item in tensors[1:4]]
     places = parts(query, key, cu_seqlens_q, cu_seqlens_k, used, tile)
     for number, ((rows, columns), (high, wide)) in enumerate(places):
         seen = visible(length(rows), length(columns), causal, left, right)

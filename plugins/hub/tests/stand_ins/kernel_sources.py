@@ -11,7 +11,7 @@ def attend(q, k, v, scale, causal, blind_lse):
     assert scale > 0, "the largest score is looked for before the scale"
     scores = scores * scale
     if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril(k.shape[2] - q.shape[2])
         scores = scores.masked_fill(~seen, -torch.inf)
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
@@ -31,14 +31,14 @@ def packed(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, causal, bli
         assert b - a <= longest_q and d - c <= longest_k
         if d == c:
             outs.append(q[a:b] * 0.0)
-            lses.append(torch.full((q.shape[1], b - a), blind_lse))
+            lses.append(torch.full((q.shape[1], b - a), blind_lse, dtype=torch.float32, device="cpu"))
             continue
         out, lse = dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, causal, blind_lse)
         outs.append(out[0])
         lses.append(lse[0])
     outs.append(q[:0] + (k[:0].sum() + v[:0].sum()))  # all three are in the graph, as in that of an autograd function
     rest = q.shape[0] - starts_q.tolist()[-1]
-    return torch.cat([*outs, q[:rest] * 0.0]), torch.cat([*lses, torch.zeros(q.shape[1], rest)], 1)
+    return torch.cat([*outs, q[:rest] * 0.0]), torch.cat([*lses, torch.zeros(q.shape[1], rest, dtype=torch.float32, device="cpu")], 1)
 """
 
 FLASH_2 = (

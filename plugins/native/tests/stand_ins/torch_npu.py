@@ -28,23 +28,38 @@ def npu_fusion_attention(
             before = ends
         assert before == (query.shape[0], key.shape[0])
         out, largest, total = (torch.cat(items, 1)[0] for items in zip(*parts, strict=True))
-        return out, *(eight(item) for item in (largest, total)), torch.empty(0), 0, 0, 0
+        return (
+            out,
+            *(eight(item) for item in (largest, total)),
+            torch.empty(0, dtype=torch.float32, device="cpu"),
+            0,
+            0,
+            0,
+        )
     assert input_layout == "BSND"
     assert head_num == query.shape[2]
     hidden = atten_mask
     if sparse_mode == 3:
         assert atten_mask.shape == (2048, 2048)
-        assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool, device="cpu").triu(1))
         lengths = query.shape[1], key.shape[1]
         assert lengths[0] <= lengths[1]
-        hidden = ~torch.ones(lengths, dtype=torch.bool).tril(lengths[1] - lengths[0])
+        hidden = ~torch.ones(lengths, dtype=torch.bool, device="cpu").tril(lengths[1] - lengths[0])
     elif hidden is not None:
         sizes = query.shape[0], query.shape[2]
         assert hidden.dtype == torch.bool
         assert tuple(hidden.shape[:2]) in {sizes, (sizes[0], 1), (1, 1)}
         assert hidden.shape[2:] == (query.shape[1], key.shape[1])
     out, largest, total = attend(query, key, value, hidden, scale)
-    return out, eight(largest.transpose(1, 2)), eight(total.transpose(1, 2)), torch.empty(0), 0, 0, 0
+    return (
+        out,
+        eight(largest.transpose(1, 2)),
+        eight(total.transpose(1, 2)),
+        torch.empty(0, dtype=torch.float32, device="cpu"),
+        0,
+        0,
+        0,
+    )
 
 
 def attend(query, key, value, hidden, scale):

@@ -47,7 +47,7 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smoot
     scores = (q @ k.mT) * q_scale * k_scale.mT
     if is_causal:
         assert q.shape[2] == k.shape[2]
-        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device="cpu").tril()
         scores = torch.where(seen, scores, scores - 1e6)
         v = v[:, :, : k.shape[2]]
     else:

@@ -76,9 +76,9 @@ def attend(q, k, v, tensor_layout, is_causal, sm_scale, smooth_k, return_lse, bl
     other, k_step = (pad(tensor, (0, 0, 0, missing)).repeat_interleave(groups, 1) for tensor in (other, k_step))
     k_step[:, :, keys:] = k_step[:, :, keys - 1 : keys]
     v, v_scale = values(pad(v, (0, 0, 0, missing)).repeat_interleave(groups, 1), fp8=fp8)
-    hidden = torch.arange(keys + missing) >= keys
+    hidden = torch.arange(keys + missing, device="cpu") >= keys
     if is_causal:
-        hidden = hidden | ~torch.ones(q.shape[2], keys + missing, dtype=torch.bool).tril()
+        hidden = hidden | ~torch.ones(q.shape[2], keys + missing, dtype=torch.bool, device="cpu").tril()
     steps = (whole @ other.mT).masked_fill(hidden, -5e6 if in_steps else -torch.inf)
     unit = q_step * k_step.mT * (scale * LOG2_E)
     if not in_steps:

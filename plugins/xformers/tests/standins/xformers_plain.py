@@ -86,7 +86,7 @@ def whole_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, left, r
     places = sequences(query, key, cu_seqlens_q, cu_seqlens_k)
     queries, keys, values = flat(query), flat(key), flat(value)
     out = queries.new_full((*queries.shape[:2], values.shape[2]), torch.nan)
-    lse = torch.full((queries.shape[1], queries.shape[0]), torch.nan, dtype=torch.float32)
+    lse = torch.full((queries.shape[1], queries.shape[0]), torch.nan, dtype=torch.float32, device="cpu")
     for number, (rows, columns) in enumerate(places):
         seen = visible(rows.stop - rows.start, columns.stop - columns.start, causal, left, right)
         kept = None if draw is None else draw(number, (queries.shape[1], *seen.shape))
@@ -105,7 +105,7 @@ def whole_backward(
     if cu_seqlens_q is None:
         lse = lse.transpose(0, 1).flatten(1)
     tensors = [flat(item) for item in (grad_out, query, key, value, out)]
-    grads = [torch.full(item.shape, torch.nan, dtype=item.dtype) for item in tensors[1:4]]
+    grads = [torch.full(item.shape, torch.nan, dtype=item.dtype, device="cpu") for item in tensors[1:4]]
     for number, (rows, columns) in enumerate(places):
         seen = visible(rows.stop - rows.start, columns.stop - columns.start, causal, left, right)
         kept = None if draw is None else draw(number, (tensors[1].shape[1], *seen.shape))

@@ -48,7 +48,9 @@ def _draw(rng_state, dropout_p):
 
     def draw(number, shape):
         generator = torch.Generator().manual_seed(seed + number)
-        return (torch.rand(shape, generator=generator) >= dropout_p).float() / (1 - dropout_p)
+        return (torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") >= dropout_p).float() / (
+            1 - dropout_p
+        )
 
     return draw
 
@@ -56,9 +58,9 @@ def _draw(rng_state, dropout_p):
 def _fwd(q, k, v, starts, longest, dropout_p, softmax_scale, causal, left, right, softcap):
     _check((q, k, v), dropout_p, softcap)
     CALLS.append((starts[0] is not None, tuple(q.shape), tuple(k.shape)))
-    rng_state = torch.zeros(2, dtype=torch.int64)
+    rng_state = torch.zeros(2, dtype=torch.int64, device="cpu")
     if dropout_p:
-        rng_state[0] = torch.randint(2**40, ())
+        rng_state[0] = torch.randint(2**40, (), device="cpu")
     left, right = _sides(left, right, causal, *longest)
     out, lse = plain_attention.whole_forward(
         q, k, v, *starts, False, left, right, softmax_scale, softcap, _draw(rng_state, dropout_p)
@@ -78,7 +80,7 @@ def _bwd(dout, q, k, v, out, lse, grads, starts, longest, dropout_p, scale, caus
     found = plain_attention.whole_backward(dout, q, k, v, out, lse, *starts, False, left, right, scale, softcap, draw)
     for grad, item in zip(grads, found, strict=True):
         grad.copy_(item)
-    return torch.zeros(())
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), device_types="cpu")

@@ -29,9 +29,9 @@ def flash_attention(
         assert length % min(512, length) == 0
     assert (q_segment_ids is None) == (kv_segment_ids is None)
     scores = (q.float() @ k.float().mT) * sm_scale
-    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool)
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device="cpu")
     if causal:
-        hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril()
     if q_segment_ids is not None:
         hidden = hidden | (q_segment_ids[:, None, :, None] != kv_segment_ids[:, None, None, :])
     return (scores.masked_fill(hidden, HIDDEN).softmax(-1) @ v.float()).to(q.dtype)
