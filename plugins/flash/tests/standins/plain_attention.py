@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 
-def visible(queries, keys, causal, left, right, device=None):
+def visible(queries, keys, causal, left, right, device="cpu"):
     position = torch.arange(queries, device=device)[:, None] + (keys - queries)
     key = torch.arange(keys, device=device)[None, :]
     if causal:

@@ -38,7 +38,8 @@ def packed(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, causal, bli
         lses.append(lse[0])
     outs.append(q[:0] + (k[:0].sum() + v[:0].sum()))  # all three are in the graph, as in that of an autograd function
     rest = q.shape[0] - starts_q.tolist()[-1]
-    return torch.cat([*outs, q[:rest] * 0.0]), torch.cat([*lses, torch.zeros(q.shape[1], rest, dtype=torch.float32, device="cpu")], 1)
+    lses.append(torch.zeros(q.shape[1], rest, dtype=torch.float32, device="cpu"))
+    return torch.cat([*outs, q[:rest] * 0.0]), torch.cat(lses, 1)
 """
 
 FLASH_2 = (

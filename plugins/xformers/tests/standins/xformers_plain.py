@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 
-def visible(queries, keys, causal, left, right, device=None):
+def visible(queries, keys, causal, left, right, device="cpu"):
     position = torch.arange(queries, device=device)[:, None] + (keys - queries)
     key = torch.arange(keys, device=device)[None, :]
     if causal:
