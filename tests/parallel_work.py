@@ -353,6 +353,21 @@ def refused(case, changes=None, **wrong):
     return None, "", sum(communication.sent.values())
 
 
+def not_finite(case):
+    """Whether infinity and NaN among the values reach those who see them, and leave the rest of a result as it is."""
+    cp = context(case.shape, case.order)
+    q, k, v, _, _ = inputs(case)
+    places = torch.zeros_like(v)
+    places[:, 2, :, 0] = places[:, 5, :, 1] = places[:, -3, :, 2] = 1.0
+    seen = cp.shard(reference(q, k, places, **dict(case.options))[0] > 0)
+    v[:, 2, :, 0], v[:, 5, :, 1], v[:, -3, :, 2] = torch.inf, -torch.inf, torch.nan
+    expected = cp.shard(reference(q, k, v, **dict(case.options))[0])
+    q, k, v = (cp.shard(x) for x in (q, k, v))
+    found = attention(q, k, v, backend=case.backend, parallel=cp, **dict(case.options))
+    finite = torch.allclose(found[..., 3:], expected[..., 3:], rtol=0, atol=1e-10)
+    return finite and torch.allclose(found[seen], expected[seen], equal_nan=True)
+
+
 def mixed_up(case):
     """What a rank gets that makes one of two calls on which all have agreed, while the others make the other."""
     cp = context(case.shape, case.order)

@@ -14,6 +14,7 @@ from merge_cases import largest_error
 
 from attn_core.parallel import merge
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TOLERANCE = 2e-6  # float32, over a few operations
 
 
@@ -29,6 +30,22 @@ def test_passes_what_is_not_finite_through():
         assert out[..., 1].item() == 1.0
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "lse", "part_lse", "expected"),
+    [
+        (torch.inf, 1.0, 0.0, -2.0, torch.inf), (torch.inf, 1.0, 0.0, 2.0, torch.inf),
+        (1.0, torch.inf, 0.0, 2.0, torch.inf), (1.0, -torch.inf, 0.0, -2.0, -torch.inf),
+        (torch.inf, 0.0, 0.0, -torch.inf, torch.inf), (0.0, torch.inf, -torch.inf, 0.0, torch.inf),
+        (torch.inf, -torch.inf, 0.0, 0.0, torch.nan), (0.0, 0.0, -torch.inf, -torch.inf, 0.0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_infinity_stays_infinity(one, other, lse, part_lse, expected, device):
+    out, whole = torch.full((1, 1, 1, 9), one, device=device), torch.full((1, 1, 1), lse, device=device)
+    merge.merge_(out, whole, torch.full_like(out, other), torch.full_like(whole, part_lse))
+    torch.testing.assert_close(out, torch.full_like(out, expected), equal_nan=True)
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_the_kernel_is_right_interpreted():
     script = Path(__file__).parent / "merge_cases.py"
@@ -38,7 +55,7 @@ def test_the_kernel_is_right_interpreted():
     assert float(run.stdout) <= TOLERANCE
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@NEEDS_GPU
 class TestOnAGPU:
     def test_is_right(self):
         assert largest_error(merge.merge_, "cuda") <= TOLERANCE

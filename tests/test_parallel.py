@@ -152,6 +152,13 @@ def test_rounds_no_more_than_the_kernel_alone(ranks, shape, causal):
             assert alone[0] > 0
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (8, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("options", [(), (("causal", True),), (("window_size", (4, 0)),)])
+def test_infinity_and_nan_reach_those_who_see_them(ranks, shape, options):
+    case = Case(shape=shape, queries=33, options=options)
+    assert all(ranks.run("not_finite", case, on=world(case)))
+
+
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
 def test_takes_a_batch_of_none(ranks, shape):
     agrees(ranks, Case(shape=shape, batch=0))

@@ -43,9 +43,14 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
 
 def _eager(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     part_lse = part_lse.to(lse.dtype)
-    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == NOTHING, 0.0)  # -inf - -inf is NaN
-    out.lerp_(part.to(out.dtype), weight.transpose(1, 2).unsqueeze(-1))
+    # two products and no lerp, whose difference of an infinite result and a finite one is NaN
+    out.mul_(_weight(lse, part_lse)).addcmul_(part.to(out.dtype), _weight(part_lse, lse))
     torch.logaddexp(lse, part_lse, out=lse)
+
+
+def _weight(lse: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """What the one side weighs beside the other, laid out as a result is; -inf - -inf would be NaN."""
+    return torch.sigmoid(lse - other).masked_fill_(lse == NOTHING, 0.0).transpose(1, 2).unsqueeze(-1)
 
 
 @cache
