@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,13 +85,14 @@ def pairs_of(piece: Piece) -> int:
     >>> pairs_of(Piece(Segment(0, 3), Segment(0, 4), causal=True, window=None))
     9
     """
-    queries, keys = piece.queries.length, piece.keys.length
     left, right = piece.window or (-1, -1)
-    right = 0 if piece.causal else right
+    return _pairs(piece.queries.length, piece.keys.length, left, 0 if piece.causal else right, piece.causal)
+
+
+@lru_cache(maxsize=1024)  # a ring has many pieces and few shapes of them
+def _pairs(queries: int, keys: int, left: int, right: int, causal: bool) -> int:
     diagonal = torch.arange(queries) + keys - queries
-    last = (
-        (diagonal + right).clamp(max=keys - 1) if right != -1 or piece.causal else torch.full_like(diagonal, keys - 1)
-    )
+    last = (diagonal + right).clamp(max=keys - 1) if right != -1 or causal else torch.full_like(diagonal, keys - 1)
     first = (diagonal - left).clamp(min=0) if left >= 0 else torch.zeros_like(diagonal)
     return int((last - first + 1).clamp(min=0).sum())
 
