@@ -51,11 +51,48 @@ def reference(
         >>> reference(same, same, value, causal=True)[0].flatten().tolist()
         [1.0, 2.0]
     """
-    query, key, value = query.double(), key.double(), value.double()
+    probabilities, lse = weights(
+        query, key, attn_mask=attn_mask, causal=causal, scale=scale, window_size=window_size, softcap=softcap
+    )
+    if kept is not None:
+        probabilities = probabilities * kept / (1 - dropout_p)
+    value = value.double().repeat_interleave(query.shape[2] // value.shape[2], dim=2)
+    return torch.einsum("bhij,bjhd->bihd", probabilities, value), lse
+
+
+def weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | Description | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of each value each query takes.
+
+    Args:
+        query: as of ``reference``, and so are all others.
+        key: (B, Skv, Hkv, D).
+        attn_mask: as in ``attention``.
+        causal: bottom-right.
+        scale: None is 1/sqrt(D).
+        window_size: (left, right) in keys.
+        softcap: c.
+
+    Returns:
+        The probabilities (B, Hq, Sq, Skv) and the lse (B, Hq, Sq), detached, both float64.
+
+    Example:
+        >>> import torch
+        >>> same = torch.ones(1, 2, 1, 4)
+        >>> weights(same, same, causal=True)[0].tolist()
+        [[[[1.0, 0.0], [0.5, 0.5]]]]
+    """
+    query, key = query.double(), key.double()
     queries, keys, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    heads_per_key_head = query.shape[2] // key.shape[2]
-    key = key.repeat_interleave(heads_per_key_head, dim=2)
-    value = value.repeat_interleave(heads_per_key_head, dim=2)
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
 
     scores = torch.einsum("bihd,bjhd->bhij", query, key) * (1 / sqrt(head_dim) if scale is None else float(scale))
     if softcap is not None:
@@ -77,9 +114,7 @@ def reference(
     lse = scores.detach().logsumexp(dim=-1)
     # softmax of nothing but -inf is NaN, and so is its gradient: such rows get scores of 0 first and are cleared afterwards.
     probabilities = scores.masked_fill(sees_nothing, 0).softmax(dim=-1).masked_fill(sees_nothing, 0)
-    if kept is not None:
-        probabilities = probabilities * kept / (1 - dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", probabilities, value), lse
+    return probabilities, lse
 
 
 def _around_diagonal(queries: int, keys: int, causal: bool, window_size: tuple[int, int] | None) -> torch.Tensor:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from attn_core.testing.reference import reference
+from attn_core.testing.reference import weights
 
 SAFETY = 2
 
@@ -141,10 +141,7 @@ class _Analysis:
         kept, dropout_p = options.pop("kept", None), options.pop("dropout_p", 0.0)
         self.dropout = 1 if kept is None else kept / (1 - dropout_p)
         with torch.no_grad():
-            unit = torch.eye(key.shape[1], dtype=torch.float64, device=key.device)[None, :, None, :]
-            unit = unit.expand(key.shape[0], -1, key.shape[2], -1)
-            probabilities, self.lse = reference(query, key, unit, **options)
-        self.probabilities = probabilities.transpose(1, 2)
+            self.probabilities, self.lse = weights(query, key, **options)
         self.score_error = self._score_error()
         mean_error = (self.probabilities * self.score_error).sum(-1, keepdim=True)
         relative = (self.score_error + mean_error + growth(dtype, key.shape[1])).expm1().clamp(max=1e6)

@@ -218,10 +218,14 @@ def rules_of(spec: BackendSpec) -> list[Rule]:
     """Every rule of a declaration, its backwards' included, each text once."""
     found: dict[str, Rule] = {}
     for alternative in spec.alternatives:
-        narrower = alternative.backward.rules if isinstance(alternative.backward, Backward) else ()
-        for rule in (*alternative.rules, *narrower):
+        for rule in _own_rules(alternative):
             found.setdefault(rule.text, rule)
     return list(found.values())
+
+
+def _own_rules(alternative: Constraints) -> tuple[Rule, ...]:
+    backward = alternative.backward
+    return (*alternative.rules, *(backward.rules if isinstance(backward, Backward) else ()))
 
 
 @check("rule", each=lambda spec: [rule.text for rule in rules_of(spec)], cheap=True)
@@ -230,6 +234,8 @@ def rule(subject: Subject, text: str) -> str:
     random = subject.random(text)
     tries = 0
     for alternative in subject.spec.alternatives:
+        if text not in [own.text for own in _own_rules(alternative)]:
+            continue
         pairs = [*representative_head_dims(alternative.head_dims), *many_head_dims(alternative.head_dims, random)]
         for facts in _drawn_facts(alternative, random, MOST, pairs):
             tries += 1
