@@ -9,14 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attn_core import outcomes as statuses
 from attn_core import registry
 from attn_core.errors import AttnError
+from attn_core.known import first_wheel
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
-    from attn_core.testing.kit import Outcome
+    from attn_core.outcomes import Outcome
 
 FAILED, NOT_CHECKED = 1, 3
 """Exit statuses: a check failed; nothing failed, but of a backend nothing could be checked here."""
@@ -51,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, showing how far it is, and print what came out."""
-    from attn_core.testing.kit import checkable
-
-    names = _once_each(checkable(arguments.names))
+    names = _once_each(_checkable(arguments.names))
     if arguments.only is not None:
         _require_known(names, _wanted(arguments))
     if arguments.record is not None:
@@ -66,12 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         from json import dumps
 
-        from attn_core.testing.kit import as_data
-
-        print(dumps(as_data(outcomes), indent=2))  # noqa: T201
+        print(dumps([vars(outcome) for outcome in outcomes], indent=2))  # noqa: T201
     else:
         print(report(outcomes))  # noqa: T201
     return exit_status(outcomes)
+
+
+def _checkable(names: Sequence[str]) -> list[str]:
+    """These names; where there are none, every installed backend that declares something."""
+    for name in names:
+        registry.meant(name)
+    if names:
+        return list(names)
+    found = [row.qualified_name for row in registry.rows() if row.spec is not None and row.status != registry.DISABLED]
+    if not found:
+        msg = f"no backend is installed. Next: pip install {first_wheel()}"
+        raise AttnError(msg)
+    return found
 
 
 def _once_each(names: Sequence[str]) -> list[str]:
@@ -103,11 +114,11 @@ def _outcomes(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[O
         from attn_core.testing.kit import check_backend
 
         return check_backend(names[0], **options)
-    from attn_core.testing.processes import check_backends
+    from attn_core.commands.processes import check_backends
 
     processors = _processors()
     processes = min(arguments.processes or processors, len(names))
-    longest_first = sorted(names, key=lambda name: not _compiles(name))
+    longest_first = sorted(names, key=lambda name: _compiles(name) == arguments.quick)
     return check_backends(longest_first, processes=processes, threads=max(1, processors // processes), **options)
 
 
@@ -171,11 +182,9 @@ def _show(text: str) -> None:
 
 def exit_status(outcomes: Sequence[Outcome]) -> int:
     """What the process ends with."""
-    from attn_core.testing import kit
-
-    if any(outcome.status == kit.FAILED for outcome in outcomes):
+    if any(outcome.status == statuses.FAILED for outcome in outcomes):
         return FAILED
-    checked = {outcome.backend for outcome in outcomes if outcome.status != kit.NOT_CHECKED}
+    checked = {outcome.backend for outcome in outcomes if outcome.status != statuses.NOT_CHECKED}
     if not outcomes or any(outcome.backend not in checked for outcome in outcomes):
         return NOT_CHECKED
     return 0
@@ -183,18 +192,16 @@ def exit_status(outcomes: Sequence[Outcome]) -> int:
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """A table of checks by backend, and then everything that is not as it should be."""
-    from attn_core.testing import kit
-
     if not outcomes:
         return "nothing was checked: the checks of --only are not for what these backends declare"
     names = list(dict.fromkeys(outcome.backend for outcome in outcomes if outcome.check))
     by_place = {(outcome.check, outcome.backend): outcome.status for outcome in outcomes if outcome.check}
     marks = {
-        kit.PASSED: "passed",
-        kit.FAILED: "FAILED",
-        kit.NOT_CHECKED: "-",
-        kit.EXCUSED: "excused",
-        kit.WARNED: "warned",
+        statuses.PASSED: "passed",
+        statuses.FAILED: "FAILED",
+        statuses.NOT_CHECKED: "-",
+        statuses.EXCUSED: "excused",
+        statuses.WARNED: "warned",
     }
     checks = list(dict.fromkeys(outcome.check for outcome in outcomes if outcome.check))
     width = max((min(len(check), _WIDTH) for check in checks), default=0)
@@ -219,23 +226,21 @@ def _several(checks: Sequence[str]) -> str:
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    from attn_core.testing import kit
-
     lines = []
     for outcome in outcomes:
-        if outcome.status in (kit.FAILED, kit.WARNED, kit.EXCUSED):
+        if outcome.status in (statuses.FAILED, statuses.WARNED, statuses.EXCUSED):
             lines += ["", f"{outcome.status}: {outcome.backend}, {outcome.check}: {outcome.detail}"]
             lines += [f"    {line}" for line in outcome.snippet.splitlines()]
     unable: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
-        if outcome.status == kit.NOT_CHECKED:
+        if outcome.status == statuses.NOT_CHECKED:
             unable.setdefault((outcome.backend, outcome.detail), []).append(outcome.check)
     lines += [f"{name}: not checked{_several(checks)}: {reason}" for (name, reason), checks in unable.items()]
     for name in dict.fromkeys(outcome.backend for outcome in outcomes if outcome.check):
         own = [outcome.status for outcome in outcomes if outcome.backend == name and outcome.check]
         told = [
             f"{own.count(status)} {status}"
-            for status in (kit.PASSED, kit.FAILED, kit.WARNED, kit.EXCUSED, kit.NOT_CHECKED)
+            for status in (statuses.PASSED, statuses.FAILED, statuses.WARNED, statuses.EXCUSED, statuses.NOT_CHECKED)
         ]
         lines.append(f"{name}: {', '.join(item for item in told if not item.startswith('0 '))}")
     return lines

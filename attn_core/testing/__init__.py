@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from attn_core.outcomes import Outcome
 from attn_core.testing.checking import KIT, Check, checks_of
 from attn_core.testing.comparing import compare
 from attn_core.testing.drawing import Case, draw
-from attn_core.testing.kit import Outcome, check_backend
+from attn_core.testing.kit import check_backend
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.parametrizing import KitWarning, parametrize_with_checks
 from attn_core.testing.reference import reference

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attn_core import registry
-from attn_core.errors import AttnError
 from attn_core.guard import Raised, attempt, plain
-from attn_core.known import first_wheel
 from attn_core.loading import refuses_itself
+from attn_core.outcomes import EXCUSED, FAILED, NOT_CHECKED, PASSED, WARNED, Outcome
 from attn_core.testing.checking import Check, checks_of
 from attn_core.testing.outcomes import CheckFailed, NotChecked, snippet
 from attn_core.testing.subject import Subject, subject
@@ -21,36 +19,8 @@ from attn_core.testing.surroundings import USUAL, unusual
 if TYPE_CHECKING:
     from attn_core.declaration import BackendSpec
 
-PASSED = "passed"
-FAILED = "failed"
-EXCUSED = "excused"
-WARNED = "warned"
-NOT_CHECKED = "not checked"
-
 Excuses = Mapping[str, str]
 """For a check's identifier, why its failure is known and accepted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one check of one backend came to.
-
-    Attributes:
-        backend: its name.
-        check: the check's identifier.
-        status: "passed", "failed", "excused" (it fails, and why is known), "warned" (it fails a check that is new in this
-            release) or "not checked".
-        detail: what was tried, what is wrong, or why it can't be tried.
-        snippet: code that shows the failure, where a call does.
-        seconds: how long it took.
-    """
-
-    backend: str
-    check: str
-    status: str
-    detail: str = ""
-    snippet: str = ""
-    seconds: float = 0.0
 
 
 def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> Outcome:
@@ -131,26 +101,3 @@ def unknown_excuses(name: str, spec: BackendSpec, excuses: Excuses) -> list[Outc
         for identifier, reason in excuses.items()
         if identifier not in known
     ]
-
-
-def checkable(names: Iterable[str]) -> list[str]:
-    """These names; where there are none, every installed backend that declares something.
-
-    Raises:
-        AttnError: a name that nobody has.
-    """
-    given = list(names)
-    for name in given:
-        registry.meant(name)
-    if given:
-        return given
-    found = [row.qualified_name for row in registry.rows() if row.spec is not None and row.status != registry.DISABLED]
-    if not found:
-        msg = f"no backend is installed. Next: pip install {first_wheel()}"
-        raise AttnError(msg)
-    return found
-
-
-def as_data(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """As plain data, for JSON."""
-    return [vars(outcome) for outcome in outcomes]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attn_core import registry
+from attn_core.outcomes import EXCUSED, FAILED, NOT_CHECKED, WARNED
 from attn_core.testing.checking import Check, checks_of
-from attn_core.testing.kit import EXCUSED, FAILED, NOT_CHECKED, WARNED, Excuses, run_check, unknown_excuses
+from attn_core.testing.kit import Excuses, run_check, unknown_excuses
 from attn_core.testing.outcomes import NotChecked
 from attn_core.testing.subject import Subject, subject
 

@@ -13,13 +13,12 @@ from packaging.requirements import Requirement
 from attn_core import __version__, registry
 from attn_core.installed import installed, normalized
 from attn_core.testing.checking import KIT
-from attn_core.testing.kit import as_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from attn_core.testing.kit import Outcome
+    from attn_core.outcomes import Outcome
 
 
 def write(file: Path, outcomes: Sequence[Outcome], *, quick: bool, seed: int) -> None:
@@ -52,7 +51,7 @@ def record(outcomes: Iterable[Outcome], *, quick: bool, seed: int) -> dict[str, 
                 "version": rows[name].version if name in rows else None,
                 "outcomes": [
                     {field: value for field, value in item.items() if field not in ("backend", "seconds") and value}
-                    for item in as_data(outcome for outcome in outcomes if outcome.backend == name)
+                    for item in [vars(outcome) for outcome in outcomes if outcome.backend == name]
                 ],
             }
             for name in names

@@ -13,19 +13,12 @@ if TYPE_CHECKING:
     from attn_core.declaration import BackendSpec
     from attn_core.testing.subject import Subject
 
-_LENGTHS = tuple(
-    {"queries": queries, "keys": keys}
-    for queries, keys in (
-        (16, None),
-        (300, None),
-        (5, 17),
-        (9, 530),
-        (33, 5),
-        (1, 70),
-        (400, 140),
-        (130, None),
-        (1, 1030),
-    )
+_LENGTHS: tuple[dict[str, Any], ...] = (
+    {"queries": 16, "keys": None},
+    {"queries": 300, "keys": None, "batch": 1},
+    *({"queries": queries, "keys": keys} for queries, keys in ((5, 17), (9, 530), (33, 5), (1, 70))),
+    {"queries": 400, "keys": 140, "batch": 1},
+    *({"queries": queries, "keys": keys} for queries, keys in ((130, None), (1, 1030))),
 )
 _CALLS = 40
 """How many calls are about right for a kind of mask; more where each of its forms takes four."""
@@ -65,7 +58,8 @@ def masks(subject: Subject, kind: str) -> str:
         {**form, **lengths[(place + turn) % len(lengths)]} for turn in range(rounds) for place, form in enumerate(forms)
     ]
     varied = ("causal", "window_size", "heads", "return_lse", "gradients", "dtype")
-    cases = subject.draw(max(len(each), _CALLS // 2), *varied, each=each, where=lambda case: case.mask == kind)
+    count = _CALLS if subject.quick else max(len(each), _CALLS // 2)
+    cases = subject.draw(count, *varied, each=each, where=lambda case: case.mask == kind)
     return subject.hold(subject.require(cases, f"masks: {kind}"))
 
 
