@@ -204,6 +204,8 @@ def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None, kind
             row = registry.find(name)
         except AttnError as error:
             errors.append(str(error))
+            if registry.mistyped(name):  # attention goes no further down the list
+                break
             continue
         reasons = reasons_of(row.spec)  # type: ignore[arg-type]
         if not reasons:

@@ -45,6 +45,7 @@ __all__ = [
     "knows",
     "list_backends",
     "meant",
+    "mistyped",
     "probe",
     "refresh",
     "rows",
@@ -154,6 +155,11 @@ def close_match(name: str) -> str | None:
         known = {row.qualified_name for row in rows()}
     matches = get_close_matches(name.lower(), sorted(known), n=1)
     return matches[0] if matches else None
+
+
+def mistyped(name: str) -> bool:
+    """Whether nobody has this name while a known one comes close to it: refused even in a list of several."""
+    return not knows(name) and close_match(name) is not None
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def check(choice: Choice) -> Choice:
         registry.find(names[0])
         return choice
     for name in names:
-        if not registry.knows(name) and registry.close_match(name) is not None:
+        if registry.mistyped(name):
             registry.find(name)
     return choice
 

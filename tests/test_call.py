@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from attn_core import AttnError, CallRefused, KeyPadding, Packed, attention, call, explain, plan, registry, set_backend
+from attn_core import (
+    AttnError,
+    BackendNotUsable,
+    CallRefused,
+    KeyPadding,
+    Packed,
+    attention,
+    call,
+    explain,
+    plan,
+    registry,
+    set_backend,
+)
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -391,6 +403,16 @@ def test_explain_has_every_backend_and_its_reasons(monkeypatch):
 
 def test_explain_of_an_unknown_name_says_so_and_raises_nothing():
     assert "nosuchbackend" in explain(Q, Q, Q, backend="nosuchbackend").error
+
+
+def test_explain_stops_where_the_call_does_at_a_mistyped_name_of_a_list():
+    names = ("alpa", "beta")
+    with pytest.raises(BackendNotUsable, match="Did you mean 'alpha'"):
+        attention(Q, Q, Q, backend=names)
+    found = explain(Q, Q, Q, backend=names)
+    assert found.chosen is None
+    assert "Did you mean 'alpha'" in found.error
+    assert explain(Q, Q, Q, backend=("zzzzzzzz", "beta")).chosen == "beta"
 
 
 def test_a_vmapped_call_is_refused_unless_declared():
