@@ -1,6 +1,6 @@
 """Finds the backends: walks the installed distributions and asks each wheel's hook, one at a time and under guard.
 
-pluggy is used here and nowhere on the way of a call. Nothing is printed, whatever a wheel does.
+pluggy is used here and nowhere on the way of a call. Nothing is printed, but what a wheel prints itself.
 """
 
 from __future__ import annotations

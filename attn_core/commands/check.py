@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attn_core import registry
+from attn_core.commands import look
 from attn_core.errors import AttnError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, showing how far it is, and print what came out."""
     from attn_core.testing.kit import checkable
 
+    look()
     names = _once_each(checkable(arguments.names))
     if arguments.only is not None:
         _require_known(names, _wanted(arguments))
