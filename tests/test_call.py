@@ -17,10 +17,12 @@ from attn_core import (
     attention,
     call,
     explain,
+    loading,
     plan,
     registry,
     set_backend,
 )
+from attn_core.explanation import explain_facts
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -413,6 +415,24 @@ def test_explain_stops_where_the_call_does_at_a_mistyped_name_of_a_list():
     assert found.chosen is None
     assert "Did you mean 'alpha'" in found.error
     assert explain(Q, Q, Q, backend=("zzzzzzzz", "beta")).chosen == "beta"
+
+
+def test_explain_finds_as_the_call_does_that_a_library_does_not_load(monkeypatch):
+    def broken(_):
+        raise OSError("libcudart.so.12")
+
+    monkeypatch.setattr(loading, "_adapter", broken)
+    monkeypatch.setattr(loading, "_loaded", {})
+    with pytest.raises(BackendNotUsable, match="libcudart"):
+        attention(Q, Q, Q, backend="alpha")
+    found = explain(Q, Q, Q, backend="alpha")
+    assert found.chosen is None
+    assert "libcudart" in found.error
+    verdicts = {verdict.name: verdict for verdict in found.verdicts}
+    assert not verdicts["alpha"].admitted
+    assert "libcudart" in verdicts["alpha"].reasons[0]
+    assert verdicts["beta"].admitted  # not tried
+    assert explain_facts(found.facts, "alpha").chosen == "alpha"  # a call of some other machine
 
 
 def test_a_vmapped_call_is_refused_unless_declared():
