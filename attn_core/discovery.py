@@ -196,6 +196,10 @@ def _manager() -> pluggy.PluginManager:
 def _declare(manager: pluggy.PluginManager, point: metadata.EntryPoint) -> tuple[BackendSpec, ...]:
     """Import what an entry point names, and call its hook. The manager has one plugin at a time, so that none wraps another."""
     plugin = point.load()
+    # What is left of a package that was not wholly removed is a folder without code, which import takes for a namespace.
+    if getattr(plugin, "__path__", None) is not None and getattr(plugin, "__file__", None) is None:
+        msg = f"{point.module} is a folder without code"
+        raise ModuleNotFoundError(msg, name=point.module)
     manager.register(plugin, name=point.name)
     try:
         _check_implementations(manager, plugin)
