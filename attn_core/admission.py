@@ -51,12 +51,7 @@ def admit(choice: Choice | None, facts: Facts, chosen_by: str) -> Admitted:
         try:
             return _admit_one(name, facts)
         except AttnError as error:
-            if (
-                len(names) > 1
-                and isinstance(error, BackendNotUsable)
-                and registry.close_match(name)
-                and not registry.knows(name)
-            ):
+            if len(names) > 1 and isinstance(error, BackendNotUsable) and registry.mistyped(name):
                 raise
             refused[name] = error
             log.info("%s passed over: %s", name, error)

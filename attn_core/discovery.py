@@ -1,6 +1,6 @@
 """Finds the backends: walks the installed distributions and asks each wheel's hook, one at a time and under guard.
 
-pluggy is used here and nowhere on the way of a call. Nothing is printed, whatever a wheel does.
+pluggy is used here and nowhere on the way of a call. Nothing is printed, but what a wheel prints itself.
 """
 
 from __future__ import annotations
@@ -196,6 +196,10 @@ def _manager() -> pluggy.PluginManager:
 def _declare(manager: pluggy.PluginManager, point: metadata.EntryPoint) -> tuple[BackendSpec, ...]:
     """Import what an entry point names, and call its hook. The manager has one plugin at a time, so that none wraps another."""
     plugin = point.load()
+    # What is left of a package that was not wholly removed is a folder without code, which import takes for a namespace.
+    if getattr(plugin, "__path__", None) is not None and getattr(plugin, "__file__", None) is None:
+        msg = f"{point.module} is a folder without code"
+        raise ModuleNotFoundError(msg, name=point.module)
     manager.register(plugin, name=point.name)
     try:
         _check_implementations(manager, plugin)

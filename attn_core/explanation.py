@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_core import registry, selection
+from attn_core import loading, registry, selection
 from attn_core.admission import refusals
-from attn_core.errors import AttnError, CallRefused
+from attn_core.errors import AttnError, BackendNotUsable, CallRefused
 from attn_core.parallel import scope
 from attn_core.reading import read
 
@@ -132,11 +132,11 @@ def explain(
             from attn_core.parallel.explaining import kind_of_parts
 
             call, kind = kind_of_parts(parallel, query, key, value, options)
-            return explain_facts(call.facts, backend, kind)
+            return explain_facts(call.facts, backend, kind, here=True)
         facts = read(query, key, value, options).facts
     except CallRefused as error:
         return Explanation(None, str(error), None, "the call", str(error), ())
-    return explain_facts(facts, backend)
+    return explain_facts(facts, backend, here=True)
 
 
 def explain_shapes(
@@ -183,8 +183,13 @@ def explain_shapes(
     return explain_facts(facts, backend, kind)
 
 
-def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None, kind: Kind | None = None) -> Explanation:
-    """``explain`` from the facts of a call; ``kind`` says how it is spread, where it is."""
+def explain_facts(
+    facts: Facts, backend: str | Sequence[str] | None = None, kind: Kind | None = None, *, here: bool = False
+) -> Explanation:
+    """``explain`` from the facts of a call; ``kind`` says how it is spread, where it is.
+
+    With ``here`` the call would be made on this machine, and what it would run on is loaded, as the call does.
+    """
     parallel, reasons_of = None, partial(_reasons, facts=facts)
     if kind is not None:
         from attn_core.parallel.explaining import spreading
@@ -204,8 +209,13 @@ def explain_facts(facts: Facts, backend: str | Sequence[str] | None = None, kind
             row = registry.find(name)
         except AttnError as error:
             errors.append(str(error))
+            if registry.mistyped(name):  # attention goes no further down the list
+                break
             continue
         reasons = reasons_of(row.spec)  # type: ignore[arg-type]
+        if not reasons and here:
+            reasons = _load_reasons(row.spec)  # type: ignore[arg-type]
+            verdicts = tuple(_with_reasons(verdict, row, reasons) for verdict in verdicts)
         if not reasons:
             chosen = row.name
             break
@@ -222,6 +232,20 @@ def _verdict(row: Row, reasons_of: Callable[[BackendSpec], list[str]]) -> Verdic
     if row.spec is not None:
         reasons += reasons_of(row.spec)
     return Verdict(row.name, row.status, not reasons, tuple(reasons), row.distribution)
+
+
+def _load_reasons(spec: BackendSpec) -> list[str]:
+    try:
+        loading.load(spec)
+    except BackendNotUsable as error:
+        return [str(error)]
+    return []
+
+
+def _with_reasons(verdict: Verdict, row: Row, reasons: list[str]) -> Verdict:
+    if not reasons or (verdict.name, verdict.distribution) != (row.name, row.distribution):
+        return verdict
+    return replace(verdict, admitted=False, reasons=tuple(reasons))
 
 
 def _status_reason(row: Row) -> str:

@@ -45,6 +45,7 @@ __all__ = [
     "knows",
     "list_backends",
     "meant",
+    "mistyped",
     "probe",
     "refresh",
     "rows",
@@ -142,7 +143,7 @@ def meant(name: str) -> Row:
 
 def knows(name: str) -> bool:
     """Whether a name means something: an installed backend, usable or not, or one of a known wheel."""
-    return bool(_meant_by(name)) or any(name == row.name for row in _rows_elsewhere())
+    return bool(_meant_by(name)) or _found_elsewhere(name) is not None
 
 
 def close_match(name: str) -> str | None:
@@ -154,6 +155,11 @@ def close_match(name: str) -> str | None:
         known = {row.qualified_name for row in rows()}
     matches = get_close_matches(name.lower(), sorted(known), n=1)
     return matches[0] if matches else None
+
+
+def mistyped(name: str) -> bool:
+    """Whether nobody has this name while a known one comes close to it: refused even in a list of several."""
+    return not knows(name) and close_match(name) is not None
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -233,9 +239,9 @@ def _unavailable(name: str, row: Row) -> str:
 
 
 def _unknown(name: str) -> str:
-    for row in _rows_elsewhere():
-        if row.name == name:
-            return f"backend {name!r} comes with {row.distribution}, which is not installed: {row.next_step}"
+    elsewhere = _found_elsewhere(name)
+    if elsewhere is not None:
+        return f"backend {name!r} comes with {elsewhere.distribution}, which is not installed: {elsewhere.next_step}"
     for wheel, names in known_wheels().items():
         if name in names:
             return _not_brought(name, wheel)
@@ -273,3 +279,16 @@ def _rows_elsewhere() -> list[Row]:
         if wheel not in here
         for name in names
     ]
+
+
+def _found_elsewhere(name: str) -> Row | None:
+    """Find the backend of a known wheel that is not here, by its name or ``distribution:name``."""
+    owner, colon, word = name.rpartition(":")
+    return next(
+        (
+            row
+            for row in _rows_elsewhere()
+            if row.name == word and (not colon or row.distribution == installed.normalized(owner))
+        ),
+        None,
+    )

@@ -122,7 +122,7 @@ def check(choice: Choice) -> Choice:
         registry.find(names[0])
         return choice
     for name in names:
-        if not registry.knows(name) and registry.close_match(name) is not None:
+        if registry.mistyped(name):
             registry.find(name)
     return choice
 
@@ -342,7 +342,8 @@ _open_scopes = 0
 
 SUSPENDED = (
     "a scope of use_backend or bind that compiled code opened is still open outside that code: a graph break, a function "
-    "that is not compiled, or a suspended generator lies inside it. Open the scope around the compiled code, or pass backend="
+    "that is not compiled, or a suspended generator lies inside it, or something in it was refused or raised while it was "
+    "traced (run it without torch.compile to see that). Open the scope around the compiled code, or pass backend="
 )
 
 _traces = count(1)

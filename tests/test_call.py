@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from attn_core import AttnError, CallRefused, KeyPadding, Packed, attention, call, explain, plan, registry, set_backend
+from attn_core import (
+    AttnError,
+    BackendNotUsable,
+    CallRefused,
+    KeyPadding,
+    Packed,
+    attention,
+    call,
+    explain,
+    loading,
+    plan,
+    registry,
+    set_backend,
+)
+from attn_core.explanation import explain_facts
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -391,6 +405,34 @@ def test_explain_has_every_backend_and_its_reasons(monkeypatch):
 
 def test_explain_of_an_unknown_name_says_so_and_raises_nothing():
     assert "nosuchbackend" in explain(Q, Q, Q, backend="nosuchbackend").error
+
+
+def test_explain_stops_where_the_call_does_at_a_mistyped_name_of_a_list():
+    names = ("alpa", "beta")
+    with pytest.raises(BackendNotUsable, match="Did you mean 'alpha'"):
+        attention(Q, Q, Q, backend=names)
+    found = explain(Q, Q, Q, backend=names)
+    assert found.chosen is None
+    assert "Did you mean 'alpha'" in found.error
+    assert explain(Q, Q, Q, backend=("zzzzzzzz", "beta")).chosen == "beta"
+
+
+def test_explain_finds_as_the_call_does_that_a_library_does_not_load(monkeypatch):
+    def broken(_):
+        raise OSError("libcudart.so.12")
+
+    monkeypatch.setattr(loading, "_adapter", broken)
+    monkeypatch.setattr(loading, "_loaded", {})
+    with pytest.raises(BackendNotUsable, match="libcudart"):
+        attention(Q, Q, Q, backend="alpha")
+    found = explain(Q, Q, Q, backend="alpha")
+    assert found.chosen is None
+    assert "libcudart" in found.error
+    verdicts = {verdict.name: verdict for verdict in found.verdicts}
+    assert not verdicts["alpha"].admitted
+    assert "libcudart" in verdicts["alpha"].reasons[0]
+    assert verdicts["beta"].admitted  # not tried
+    assert explain_facts(found.facts, "alpha").chosen == "alpha"  # a call of some other machine
 
 
 def test_a_vmapped_call_is_refused_unless_declared():

@@ -198,6 +198,16 @@ def test_metadata_without_its_module_is_half_installed(neighbours):
     assert row.next_step == "pip install --force-reinstall --no-deps mmm-tried"
 
 
+def test_a_folder_that_is_left_of_the_module_is_half_installed_too(neighbours):
+    neighbours.wheel("mmm-tried", None)
+    (neighbours.folders[0] / "mmm_tried_declaration" / "__pycache__").mkdir(parents=True)
+    row = tried(neighbours)
+    del sys.modules["mmm_tried_declaration"]  # a namespace has no file by which the world would know it
+    assert row.status == "broken"
+    assert "half installed" in row.reason
+    assert row.next_step == "pip install --force-reinstall --no-deps mmm-tried"
+
+
 # --- metadata that can't be read -----------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,18 @@ def test_a_scope_that_a_compiled_generator_left_open_is_refused_not_obeyed():
     assert number_of(attention(Q, Q, Q, backend="beta")) == 2
 
 
+def test_what_is_raised_inside_a_scope_of_compiled_code_is_named_among_the_reasons_why_it_is_open():
+    def scoped(query):
+        with use_backend("gamma"):
+            return attention(query, query, query, softcap=2.0)
+
+    with pytest.raises(
+        AttnError, match=r"softcap|refused or raised while it was traced \(run it without torch\.compile"
+    ):
+        compiled(scoped)(Q)
+    assert not selection.traced_scopes
+
+
 def test_a_call_that_is_not_compiled_inside_a_scope_of_compiled_code_is_refused_or_right():
     inside = torch.compiler.disable(lambda query: attention(query, query, query))
 

@@ -160,6 +160,15 @@ def test_no_wheel_writes_escapes_to_a_terminal(world, capsys):
     assert out.count("\n") == 2
 
 
+@pytest.mark.parametrize("arguments", [["list-backends", "--json"], ["explain", "--query", "1,4,1,8", "--json"]])
+def test_what_a_wheel_prints_while_it_is_asked_is_no_part_of_the_json(world, capsys, arguments):
+    world.wheel("acme-attn", "print('hello from acme')\n" + declaring("'acme'"))
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "acme" in str(json.loads(out))
+    assert "hello from acme" in err
+
+
 def test_a_stream_that_can_not_show_a_letter_gets_it_escaped(three):
     three.wheel("umlaut-attn", declaring("'umlaut', needs=Needs(module='gone', install='gr\\u00fc\\u00df euch')"))
     run = three.run("list-backends", PYTHONIOENCODING="ascii")

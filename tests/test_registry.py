@@ -124,6 +124,9 @@ def test_a_known_wheel_that_is_not_installed_is_suggested(world):
     world.rows()
     assert refusal("flash") == "backend 'flash' comes with attn-flash, which is not installed: pip install attn-flash"
     assert registry.knows("flash")
+    assert "pip install attn-flash" in refusal("Attn_Flash:flash")
+    assert registry.knows("attn-flash:flash")
+    assert not registry.knows("attn-xformers:flash")
     assert {row.status for row in registry.known_rows()} == {"not installed"}
     assert {row.distribution for row in registry.known_rows() if row.name == "native"} == {"attn-native"}
 

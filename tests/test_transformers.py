@@ -212,6 +212,21 @@ def test_keywords_that_change_the_meaning_are_refused_and_harmless_ones_ignored(
         attention_forward(module, q, q, q, None, output_attentions=True)
 
 
+def test_modernbert_which_sees_a_window_on_both_sides_and_speaks_of_determinism_matches_eager():
+    small = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = transformers.ModernBertConfig(**small, **special, num_hidden_layers=4, local_attention=4)
+    model = transformers.ModernBertModel(config).eval()
+    ids, mask = torch.randint(3, 97, (2, 11)), torch.ones(2, 11, dtype=torch.long)
+    mask[0, 7:] = 0
+    found = []
+    for name in ("eager", "attn"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            found.append(model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()])
+    torch.testing.assert_close(*found)
+
+
 def test_a_model_with_attention_sinks_is_refused():
     config = transformers.GptOssConfig(
         **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from attn_core import outcomes as statuses
 from attn_core import registry
+from attn_core.commands import look
 from attn_core.errors import AttnError
 from attn_core.known import first_wheel
 
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, showing how far it is, and print what came out."""
+    look()
     names = _once_each(_checkable(arguments.names))
     if arguments.only is not None:
         _require_known(names, _wanted(arguments))

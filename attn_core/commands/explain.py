@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from attn_core.commands import look
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -45,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the explanation."""
     from attn_core.explanation import explain_shapes
 
+    look()
     key = arguments.key or arguments.query
     explanation = explain_shapes(
         arguments.query,

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from attn_core import listing, registry
+from attn_core.commands import look
 
 if TYPE_CHECKING:
     import argparse
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the list."""
+    look()
     rows = _probed() if arguments.probe else registry.list_backends()
     print(listing.as_json(rows) if arguments.json else listing.as_table(rows, listing.width_of(sys.stdout)))  # noqa: T201
     return 0
@@ -31,13 +33,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _probed() -> list[Row]:
     """Try each backend; which of them compile, and so take long, is said on stderr before."""
     import logging  # costs a short command a tenth of its time
+    from contextlib import redirect_stdout
 
     log, handler = logging.getLogger("attn_core"), logging.StreamHandler()
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        return registry.list_backends(probe=True)
+        with redirect_stdout(sys.stderr):  # what a kernel prints
+            return registry.list_backends(probe=True)
     finally:
         log.removeHandler(handler)
         log.setLevel(level)

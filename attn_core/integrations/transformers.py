@@ -101,6 +101,7 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    deterministic: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -121,6 +122,7 @@ def attention_forward(
         is_causal: whether a missing mask means causal.
         sliding_window: how many keys a query sees, its own included; counts where there is no mask.
         softcap: of the scores, before masking.
+        deterministic: whether the same bits are wanted twice; ModernBERT says so of flash-attn.
         cu_seq_lens_q: offsets of sequences laid end to end; count where there is no mask.
         cu_seq_lens_k: the same among the keys.
         max_length_q: the longest of these.
@@ -161,6 +163,7 @@ def attention_forward(
         window_size=window,
         softcap=softcap,
         dropout_p=dropout,
+        deterministic=bool(deterministic),
         backend=backend,
         parallel=parallel,
     )

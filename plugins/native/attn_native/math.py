@@ -185,7 +185,8 @@ def _masked(
         return scores.masked_fill(~visible, _HIDES), None
     blind = blind_queries(visible)
     filling = torch.zeros_like(blind, dtype=scores.dtype).masked_fill(~blind, _HIDES)
-    return torch.where(visible, scores, filling), blind
+    # ~visible is made here: the mask itself may be an inference tensor, which no graph can save
+    return torch.where(~visible, filling, scores), blind
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

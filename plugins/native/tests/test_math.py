@@ -181,3 +181,15 @@ def test_the_backward_function_is_the_gradient(options):
     found = math.backward(grad_out, *plain, out.detach(), lse, scale=0.4, **options)
     for name, one, other in zip(TRAINED, found, wanted, strict=True):
         assert_close(one, other, torch.float64, f"gradient of {name}", bound=getattr(allowed, name))
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_mask_made_in_inference_mode_hides_keys_of_a_call_with_a_graph(described):
+    with torch.inference_mode():
+        keep = torch.tensor([[True, False, True, True]])
+    query = torch.randn(1, 4, 1, 8, requires_grad=True)
+    mask = KeyPadding(keep) if described else keep[:, None, None, :]
+    attention(query, query, query, attn_mask=mask, backend="native_math").sum().backward()
+    copy = query.detach().requires_grad_()
+    reference(copy, copy, copy, attn_mask=KeyPadding(keep.clone()))[0].sum().backward()
+    torch.testing.assert_close(query.grad, copy.grad)
