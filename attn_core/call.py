@@ -14,7 +14,7 @@ from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of
 from attn_core.parallel import scope
-from attn_core.reading import autocast_dtype, check_mask, check_tensors, default_scale, has_tangent, read
+from attn_core.reading import autocast_dtype, check_kept, check_mask, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
 from attn_core.traced import traced_attention
 
@@ -245,6 +245,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
     except (RuntimeError, TypeError, ValueError):
         check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
         check_mask(attn_mask, query, key)
+        check_kept(query, key, value, attn_mask)
         raise
 
 
@@ -337,7 +338,11 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
     run = partial(run, **fixed) if brought else _with_fixed(run, fixed)
     if compiled is not None:
         warming.before(compiled, warming.FORWARD, query)
-    result = run(query, key, value, scale=call.options["scale"], **brought)
+    try:
+        result = run(query, key, value, scale=call.options["scale"], **brought)
+    except RuntimeError:
+        check_kept(query, key, value, options["attn_mask"])
+        raise
     if compiled is not None:
         warming.note(compiled, warming.FORWARD)
     check_result(admitted.row.name, result, query, value, call)
@@ -409,12 +414,26 @@ def _planned(run: Callable[..., Any], options: dict[str, Any]) -> Callable[..., 
     """Run with these options and no others; the commonest kinds of call without the cost of unpacking them."""
     if options.keys() == {"scale"}:
         scale = options["scale"]
-        return lambda query, key, value: run(query, key, value, scale=scale)
+
+        def plan_without_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+            return run(query, key, value, scale=scale)
+
+        return _named(plan_without_mask)
     if "attn_mask" not in options:
-        return lambda query, key, value: run(query, key, value, **options)
+
+        def plan_without_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+            return run(query, key, value, **options)
+
+        return _named(plan_without_mask)
     others = {name: option for name, option in options.items() if name != "attn_mask"}
     mask = options["attn_mask"]
     return lambda query, key, value, *, attn_mask=mask: run(query, key, value, attn_mask=attn_mask, **others)
+
+
+def _named(planned: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with the name that Python gives where it is called with what it does not take."""
+    planned.__qualname__ = planned.__name__
+    return planned
 
 
 def plan(

@@ -95,13 +95,19 @@ def _wheels() -> Iterable[Wheel]:
             if GROUP.encode() in getattr(text.error, "object", b""):
                 yield Wheel(distribution, problem="its entry_points.txt can't be read")
         elif text.value and GROUP in text.value:
-            yield _wheel(distribution)
+            yield _wheel(distribution, text.value)
 
 
-def _wheel(distribution: Installed) -> Wheel:
+def _wheel(distribution: Installed, text: str) -> Wheel:
     points = attempt(partial(_entry_points, distribution))
     if isinstance(points, Raised):  # in other words on each version of Python, so they are left out
         return Wheel(distribution, problem="its entry_points.txt can't be read")
+    spoilt = next(
+        (line for line in text.splitlines() if line.strip("\ufeff[] \t") == GROUP and line.strip() != f"[{GROUP}]"),
+        None,
+    )
+    if spoilt is not None and not points.value:
+        return Wheel(distribution, problem=f"its entry_points.txt has {spoilt!r} where [{GROUP}] is meant")
     return Wheel(distribution, points.value)
 
 

@@ -195,7 +195,7 @@ def _claims(row: Row) -> bool:
 def _shown(row: Row, own: Iterable[Row]) -> Row:
     if not _claims(row):
         return row
-    claimants = [other for other in own if _claims(other) and other.name == row.name]
+    claimants = [other for other in own if _claims(other) and row.name in _words(other, row)]
     if len(claimants) == 1:
         return row
     reason = f"claimed by {_listed(other.distribution or '' for other in claimants)}"
@@ -205,8 +205,17 @@ def _shown(row: Row, own: Iterable[Row]) -> Row:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
+def _words(other: Row, row: Row) -> set[str]:
+    """What a row is called by, seen from another: of its own distribution a name beats an alias."""
+    return {other.name} if other.distribution == row.distribution else {other.name, *other.aliases}
+
+
 def _meant_by(name: str) -> list[Row]:
-    """Find the rows that a name may mean. A name beats an alias, and a declared backend beats an entry point that failed."""
+    """Find the rows that a name may mean. A declared backend beats an entry point that failed.
+
+    Inside one distribution a name beats an alias. Between two it does not: what the alias has meant would silently mean
+    another kernel as soon as the other wheel is installed.
+    """
     own: Iterable[Row] = _table().own
     owner, colon, word = name.partition(":")
     if colon:
@@ -214,12 +223,13 @@ def _meant_by(name: str) -> list[Row]:
     else:
         word = name
     declared = [row for row in own if row.spec is not None]
-    for matches in (
-        [row for row in declared if row.name == word],
-        [row for row in declared if word in row.aliases],
-    ):
-        if matches:
-            return [row for row in matches if row.status != DISABLED] or matches
+    named = [row for row in declared if row.name == word]
+    by_alias = [row for row in declared if word in row.aliases and all(word in _words(row, item) for item in named)]
+    if named and all(row.status == DISABLED for row in named):
+        return named  # an alias never stands in for a name that is switched off
+    found = [*named, *by_alias]
+    if found:
+        return [row for row in found if row.status != DISABLED] or found
     return [row for row in own if row.spec is None and row.name == word][:1]
 
 
@@ -247,6 +257,11 @@ def _unknown(name: str) -> str:
             return _not_brought(name, wheel)
     if not rows():
         return f"backend {name!r} is not known, and no backend wheel is installed: pip install {first_wheel()}"
+    if "," in name:
+        several = ", ".join(repr(word.strip()) for word in name.split(",") if word.strip())
+        return f"backend {name!r} is not known. Several names, in order of preference, are written ({several}). {_LIST}"
+    if name.startswith(":") or name.endswith(":"):
+        return f"backend {name!r} is not known; accepted: a name, an alias, or distribution:name. {_LIST}"
     match = close_match(name)
     hint = (
         f" Did you mean {match!r}?"

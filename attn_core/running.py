@@ -92,6 +92,8 @@ class _WithBackward(torch.autograd.Function):
         out, lse = adapter.forward(query, key, value, **{**options, "return_lse": True})
         mask = options.get("attn_mask")  # saved too, so that a change of it before the backward is found
         described = mask.tensors if isinstance(mask, Description) else () if mask is None else (mask,)
+        if not torch.compiler.is_compiling():  # inference tensors don't count their changes, and can't be saved
+            described = tuple(tensor for tensor in described if not tensor.is_inference())
         ctx.save_for_backward(query, key, value, out, lse, *described)
         ctx.adapter = adapter
         ctx.options = {name: option for name, option in options.items() if name not in ("return_lse", "deterministic")}

@@ -16,7 +16,7 @@ from weakref import ReferenceType
 import torch
 
 from attn_core import registry
-from attn_core.errors import BackendNotUsable
+from attn_core.errors import AttnError, BackendNotUsable
 from attn_core.guarded import guarded
 
 if TYPE_CHECKING:
@@ -190,6 +190,11 @@ class use_backend:  # noqa: N801 - a context manager reads as a verb
         if not own and not self._opened and traced_scopes:  # it began in compiled code, and ends outside it
             traced_scopes.pop()
             return
+        if not own and not self._opened:
+            msg = (
+                f"use_backend({self.names!r}) is left without having been entered. Next: write `with use_backend(...):`"
+            )
+            raise AttnError(msg)
         scope = own[-1] if own else self._opened[-1]
         self._opened.remove(scope)
         close_scope(scope)
@@ -250,14 +255,15 @@ def consistent_choice(choice: Choice | None) -> Choice | None:
     """Make sure that a recomputation uses the choice of its forward, or refuse.
 
     In the forward of a checkpoint, the choice in force around it is noted with the checkpoint, which then recomputes
-    inside a scope of that choice. A checkpoint without a note ran while
-    there was one choice for all. In the reentrant form, which
-    can't be told apart, the choice has to be one that can't have changed.
+    inside a scope of that choice; and so are the choices of its calls, since a module inside may be bound anew before it
+    recomputes. A checkpoint without a note ran while there was one choice for all. In the reentrant form, which can't be told
+    apart, the choice has to be one that can't have changed.
     """
     task = graph_task()
     if task == -1:
-        _note_ambient_choice()
+        _note(choice)
         return choice
+    _require_noted(choice)
     if any(scope.graph_task == task and not scope.closed for scope in scopes()) or _used <= {choice}:
         return choice
     if _recomputes_without_note():
@@ -274,10 +280,31 @@ def consistent_choice(choice: Choice | None) -> Choice | None:
     raise BackendNotUsable(msg)
 
 
-def _note_ambient_choice() -> None:
+def _note(choice: Choice | None) -> None:
     frame = running_frame()
-    if frame is None or hasattr(frame, "attn_choice_noted"):
+    if frame is None:
         return
+    if not hasattr(frame, "attn_choices"):
+        frame.attn_choices = set()
+        _recompute_with_ambient_choice(frame)
+    frame.attn_choices.add(listed(choice))
+
+
+def _require_noted(choice: Choice | None) -> None:
+    """Refuse in a recomputation a choice that no call of its forward ran on."""
+    frame = recomputing_frame()
+    noted = getattr(frame, "attn_choices", None)
+    if noted is None or listed(choice) in noted:
+        return
+    found, accepted = " then ".join(listed(choice)), " or ".join(sorted(" then ".join(names) for names in noted))
+    msg = (
+        f"a checkpoint recomputes on {found} what its forward ran on {accepted}: a module inside was bound anew in between. "
+        "Run the backward first, or bind the module to the same again"
+    )
+    raise BackendNotUsable(msg)
+
+
+def _recompute_with_ambient_choice(frame: Any) -> None:
     around = [scope for scope in scopes() if scope.frame is not frame and not scope.closed]
     choice = around[-1].names if around else (environment() if _default is None else _default)
     recompute = frame.recompute_fn
@@ -290,7 +317,6 @@ def _note_ambient_choice() -> None:
             close_scope(scope)
 
     frame.recompute_fn = recompute_with_choice
-    frame.attn_choice_noted = True
 
 
 def recomputing_frame() -> Any:
@@ -307,7 +333,7 @@ def recomputing_frame() -> Any:
 def _recomputes_without_note() -> bool:
     """Whether a non-reentrant checkpoint is recomputing here whose forward ran when there was one choice for all."""
     frame = recomputing_frame()
-    return frame is not None and not hasattr(frame, "attn_choice_noted")
+    return frame is not None and not hasattr(frame, "attn_choices")
 
 
 def _note_varied() -> None:

@@ -375,6 +375,8 @@ def test_a_plan_is_the_call_and_takes_another_mask():
             planned(Q, Q, Q, **other_option)
         with pytest.raises(TypeError):
             plan(Q, Q, Q, causal=True)(Q, Q, Q, **other_option)
+        with pytest.raises(TypeError, match=r"plan_without_mask\(\)"):
+            plan(Q, Q, Q)(Q, Q, Q, **other_option)
     assert planned.backend == "native_math"
 
 

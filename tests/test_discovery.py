@@ -225,6 +225,20 @@ def test_a_wheel_whose_metadata_can_not_be_read_is_broken_and_not_run(neighbours
     assert "mmm_tried_declaration" not in sys.modules
 
 
+@pytest.mark.parametrize("header", ["\ufeff[attn.backends]", "[attn.backends", "attn.backends]"])
+def test_a_spoilt_header_is_a_broken_row(neighbours, header):
+    text = f"{header}\nacme = mmm_tried_declaration\n"
+    neighbours.wheel("mmm-tried", declaring("'tried'"), entry_points=text.encode())
+    row = tried(neighbours)
+    assert (row.name, row.status) == ("mmm-tried", "broken")
+    assert "where [attn.backends] is meant" in row.reason or row.reason == "its entry_points.txt can't be read"
+
+
+def test_a_group_without_entries_is_no_row(neighbours):
+    neighbours.wheel("mmm-tried", declaring("'tried'"), entry_points="# attn.backends\n[attn.backends]\n[other]\n")
+    assert {row.distribution for row in neighbours.rows()}.isdisjoint({"mmm-tried"})
+
+
 @pytest.mark.parametrize(
     "text",
     [

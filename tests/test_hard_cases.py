@@ -265,3 +265,24 @@ def spec(aliases=(), backward=None, **abilities):
         aliases=aliases,
         constraints=constraints,
     )
+
+
+@pytest.mark.parametrize("name", ["native", "native_flash", "native_math", "chunked"])
+@pytest.mark.parametrize("where", ["query", "key", "value", "float", "bool", "key_padding"])
+def test_tensors_of_inference_mode_are_right_or_refused_where_a_backward_keeps_them(name, where):
+    with torch.inference_mode():
+        tensors = {one: torch.randn(2, 40, 2, 16) for one in ("query", "key", "value")}
+        keep = torch.rand(2, 1, 40, 40) > 0.3
+        masks = {"float": torch.randn(2, 1, 40, 40), "bool": keep, "key_padding": KeyPadding(keep[:, 0, 0])}
+    mask = masks.get(where)
+    given = {one: tensor if one == where else tensor.clone().requires_grad_() for one, tensor in tensors.items()}
+    for _ in range(2):  # the second is of a kind that is remembered
+        try:
+            out = attention(*given.values(), attn_mask=mask, backend=name)
+        except CallRefused as refused:
+            told = str(refused)
+            assert "inference_mode" in told or "attn_mask" in told or "mask" in told, told
+            continue
+        expected, _ = reference(*given.values(), attn_mask=mask)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+        out.sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -74,16 +75,39 @@ def test_a_wheel_that_is_broken_takes_nobodys_name(world):
     assert "ValueError" in refusal("acme-two:acme")
 
 
-def test_a_name_beats_an_alias_and_two_aliases_are_ambiguous(world):
-    world.wheel("acme-one", declaring("'acme', aliases={'fast', 'second'}"))
+def test_two_aliases_are_ambiguous(world):
+    world.wheel("acme-one", declaring("'acme', aliases={'fast'}"))
     world.wheel("acme-two", declaring("'second', aliases={'fast'}"))
     world.rows()
-    assert registry.find("second").distribution == "acme-two"
     message = refusal("fast")
     assert "acme-one:acme" in message
     assert "acme-two:second" in message
     assert registry.find("acme-one:fast").name == "acme"
     assert {row.status for row in registry.rows()} == {"available"}
+
+
+def test_a_name_does_not_take_over_what_another_wheel_has_as_an_alias(world, monkeypatch):
+    world.wheel("acme-one", declaring("'acme', aliases={'second'}"))
+    world.rows()
+    assert registry.find("second").name == "acme"
+    world.wheel("acme-two", declaring("'second'"))
+    world.rows()
+    message = refusal("second")
+    assert "acme-one:acme" in message
+    assert "acme-two:second" in message
+    assert {row.name: row.status for row in registry.rows()} == {"acme": "available", "second": "ambiguous"}
+    assert registry.find("acme").name == "acme"
+    assert registry.find("acme-one:second").name == "acme"
+    assert registry.find("acme-two:second").name == "second"
+    monkeypatch.setenv("ATTN_DISABLE", "acme-one")
+    world.rows()
+    assert registry.find("second").distribution == "acme-two"
+
+
+def test_in_one_wheel_a_name_beats_an_alias(world):
+    world.wheel("acme-one", declaring("'acme', aliases={'second'}", "'second'"))
+    world.rows()
+    assert registry.find("second").name == "second"
 
 
 def test_an_alias_never_stands_in_for_a_name_that_is_switched_off(world, monkeypatch):
@@ -187,3 +211,17 @@ def test_refresh_sees_what_has_come_and_gone(world):
     (info / "entry_points.txt").unlink()
     registry.refresh()
     assert list_backends() == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("acme,other", r"are written \('acme', 'other'\)"),
+        ("acme:", "distribution:name"),
+        (":acme", "distribution:name"),
+    ],
+)
+def test_names_that_are_written_otherwise(world, asked, says):
+    world.wheel("acme-attn", declaring("'acme'"))
+    world.rows()
+    assert re.search(says, refusal(asked))

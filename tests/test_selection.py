@@ -400,3 +400,24 @@ def test_recomputation_in_the_reentrant_form_runs_inside_a_bound_module():
     out = checkpoint(layer, query, use_reentrant=True)
     out.sum().backward()
     assert number_of(out) == 1
+
+
+@knows_hooks
+@pytest.mark.parametrize("again", [False, True])
+def test_a_checkpoint_does_not_recompute_on_what_a_module_inside_was_bound_to_later(again):
+    query, layer = Q.clone().requires_grad_(), Layer()
+    bind(layer, "alpha")
+    # its product with the weight is saved after the call, so that recomputing does not stop before it
+    out = checkpoint(lambda query: layer(query) * layer.weight, query, use_reentrant=False)
+    bind(layer, "beta")
+    if again:
+        bind(layer, "alpha")
+        out.sum().backward()
+        return
+    with pytest.raises(BackendNotUsable, match=r"recomputes on beta what its forward ran on alpha"):
+        out.sum().backward()
+
+
+def test_a_scope_that_was_not_entered_says_so_where_it_is_left():
+    with pytest.raises(AttnError, match="without having been entered"):
+        use_backend("alpha").__exit__(None, None, None)
