@@ -20,4 +20,4 @@ knows_hooks = pytest.mark.skipif(
 def told(text, fullgraph=True):
     """A pattern for a refusal in compiled code, of which torch 2.7 to 2.9 tell the type only where it is one graph."""
     hidden = fullgraph and (2, 7) <= torch.__version__ < (2, 10)
-    return r"raised exception UserDefined\w+\((BackendNotUsable|CallRefused)\)" if hidden else text
+    return rf"{text}|raised exception UserDefined\w+\((BackendNotUsable|CallRefused)\)" if hidden else text
