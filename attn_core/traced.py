@@ -111,10 +111,8 @@ def plain(option: Any) -> Any:
         return option
     if _TRACES_GUARD_SCALAR:
         return torch.fx.experimental.symbolic_shapes.guard_scalar(option)
-    key, _ = next(
-        itertools.groupby((option,), key=_itself)
-    )  # Dynamo makes the key of a group a constant that it guards
-    return key
+    # Dynamo makes the key of a group a constant, and guards it
+    return next(itertools.groupby((option,), key=_itself))[0]
 
 
 def _itself(option: Any) -> Any:
