@@ -6,6 +6,7 @@ fact makes compiled code follow it.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,11 +22,14 @@ def guarded(name: str, now: Callable[[], Any], guard: Callable[[], Any]) -> Any:
         guard: the same, without side effects.
     """
     try:
-        from torch._library.opaque_object import MemberType, register_opaque_type
-        from torch._opaque_base import OpaqueBase
-
-        kind = type(name, (OpaqueBase,), {"__module__": __name__, "now": lambda _: now()})
-        register_opaque_type(kind, typ="reference", guard_fn=lambda _: [guard()], members={"now": MemberType.USE_REAL})
-    except (ImportError, TypeError):  # a torch without them, or with an earlier form of them
+        opaque: Any = import_module("torch._library.opaque_object")
+        if hasattr(opaque, "register_custom_class"):  # torch 2.14 prints a warning for each of the names before it
+            base, register, typ = opaque.CustomClassBase, opaque.register_custom_class, "symbolic"
+        else:
+            base, register = import_module("torch._opaque_base").OpaqueBase, opaque.register_opaque_type
+            typ = "reference"
+        kind = type(name, (base,), {"__module__": __name__, "now": lambda _: now()})
+        register(kind, typ=typ, guard_fn=lambda _: [guard()], members={"now": opaque.MemberType.USE_REAL})
+    except (ImportError, AttributeError, TypeError):  # a torch without them, or with an earlier form of them
         return None
     return kind()

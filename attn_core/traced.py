@@ -6,6 +6,7 @@ compile again at each new kind of call. What was decided is guarded by the facts
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from types import ModuleType
@@ -23,6 +24,9 @@ from attn_core.running import empty_result, with_backward
 # Dynamo takes functions from modules and guards each by its name, so the loaded adapters are put into one.
 adapters = ModuleType("attn_core.loaded_adapters", "The adapters that compiled code uses, by backend.")
 sys.modules[adapters.__name__] = adapters
+
+_TRACES_GUARD_SCALAR = torch.__version__ >= "2.8"
+"""Whether Dynamo knows torch's own way to make a number that varies a constant; torch 2.6 does not."""
 
 ERRORS = {error.__name__: error for error in (CallRefused, BackendNotUsable, AttnError)}
 
@@ -103,8 +107,15 @@ def _run(name: str, graph: str, query: Any, key: Any, value: Any, passed: dict[s
 
 def plain(option: Any) -> Any:
     """An option as a plain number, if it is a number that varies."""
-    if isinstance(option, float):
+    if not isinstance(option, float):
+        return option
+    if _TRACES_GUARD_SCALAR:
         return torch.fx.experimental.symbolic_shapes.guard_scalar(option)
+    # Dynamo makes the key of a group a constant, and guards it
+    return next(itertools.groupby((option,), key=_itself))[0]
+
+
+def _itself(option: Any) -> Any:
     return option
 
 

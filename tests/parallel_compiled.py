@@ -7,7 +7,7 @@ import torch.distributed as dist
 from parallel_work import Case, context, errors, inputs
 
 from attn_core import attention
-from attn_core.parallel import communication, use_parallel
+from attn_core.parallel import communication, scope, use_parallel
 
 
 def compiled(cases, backend, dynamic, graphs):
@@ -47,6 +47,31 @@ def followed(shape):
         with use_parallel(zigzag), use_parallel(None):
             calls.append((attend(q, k, v) - wanted).abs().max().item())
     return calls
+
+
+def not_followed(shape):
+    """A compiled call before, inside and after a scope, where torch has no guards that read it: what is off, what is said."""
+    torch._dynamo.reset()
+    from attn_core.testing import reference
+
+    q, k, v, *_ = inputs(Case(shape=shape, queries=20))
+    wanted = reference(q, k, v, causal=True)[0]
+    cp = context(shape)
+    parts = [cp.shard(x) for x in (q, k, v)]
+    guarded, scope._guarded = scope._guarded, None
+    try:
+        attend = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        before = attend(q, k, v, causal=True, backend="native_math")
+        with use_parallel(cp):
+            try:
+                message = f"computes {attend(*parts, causal=True, backend='native_math')}"
+            except Exception as error:  # noqa: BLE001 - it is what the test asks for
+                message = str(error)
+        after = attend(q, k, v, causal=True, backend="native_math")
+    finally:
+        scope._guarded = guarded
+        torch._dynamo.reset()
+    return (before - wanted).abs().max().item(), message, (after - wanted).abs().max().item()
 
 
 def given(shape):
