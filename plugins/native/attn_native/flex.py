@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from attn_core.errors import CallRefused
 from attn_core.masks import KeyPadding, Packed
 from attn_native.flex_compiled import eager
 from attn_native.flex_forms import attend
 from attn_native.flex_operands import Mask, kind_of, prepare, traced
+
+_MOST_HEADS = 65535
 
 
 def forward(
@@ -33,6 +36,7 @@ def forward(
 
     Raises:
         BackendNotUsable: torch.compile has no compiler, is switched off, gives up, or reached its limit.
+        CallRefused: more heads than a GPU's grid has places for.
     """
     left, right = window_size or (-1, -1)
     if causal:
@@ -47,8 +51,11 @@ def forward(
     if traced():
         form, operands = prepare(query, key, attn_mask, scale, left, right, softcap, lse=return_lse)
         return attend(form, query, key, value, operands)
+    _require_fitting(query)
     if torch.is_grad_enabled() and _requires_grad(query, key, value):
-        return eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
+        result = eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
+        _refuse_changes(result[0] if return_lse else result, query, key, value, attn_mask)
+        return result
     with torch.no_grad():
         return eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
 
@@ -93,6 +100,36 @@ def backward(
     grad_lse = (grad_part * (part.detach().float() - out.float())).sum(-1).transpose(1, 2)
     dq, dk, dv = torch.autograd.grad((part, part_lse), inputs, (grad_part.to(part.dtype), grad_lse))
     return dq, dk, dv
+
+
+def _require_fitting(query: torch.Tensor) -> None:
+    batch, _, heads, _ = query.shape
+    if batch * heads > _MOST_HEADS:
+        msg = (
+            f"flex: found {batch * heads} heads, those of all sequences together; accepted: {_MOST_HEADS} at most on a GPU, "
+            "whose driver refuses to start the compiled kernel for more (seen on torch 2.11). Use native_efficient or native"
+        )
+        raise CallRefused(msg)
+
+
+def _refuse_changes(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask) -> None:
+    """Have the backward raise where what it reads was changed in place: compiled code does not look (seen on torch 2.11)."""
+    named = {"query": query, "key": key, "value": value}
+    if isinstance(mask, torch.Tensor):
+        named["attn_mask"] = mask
+    counts = {name: (tensor, tensor._version) for name, tensor in named.items() if not tensor.is_inference()}
+
+    def check(_: torch.Tensor) -> None:
+        changed = [name for name, (tensor, version) in counts.items() if tensor._version != version]
+        if changed:
+            msg = (
+                f"flex: {' and '.join(changed)} was changed in place between the call and its backward, which needs what it was. "
+                "Change a copy instead"
+            )
+            raise RuntimeError(msg)
+
+    if out.requires_grad:
+        out.register_hook(check)
 
 
 def _requires_grad(*tensors: object) -> bool:

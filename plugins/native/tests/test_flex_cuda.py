@@ -211,3 +211,28 @@ def test_memory_stays_far_below_a_dense_mask():
     before = torch.cuda.memory_allocated()
     flex.forward(query, key, value, scale=0.1, causal=True, attn_mask=KeyPadding(~mask.keep))
     assert torch.cuda.max_memory_allocated() - before < length * length / 8
+
+
+@pytest.mark.parametrize("changed", ["query", "key", "value", "attn_mask"])
+def test_what_the_backward_reads_may_not_have_changed(changed):
+    made = {name: torch.randn(1, 40, 2, 16, device="cuda") for name in ("query", "key", "value")}
+    mask = torch.rand(1, 1, 40, 40, device="cuda") > 0.3
+    inputs = [tensor * 1.0 for tensor in (leaf.requires_grad_() for leaf in made.values())]  # leaves can't be changed
+    out = attention(*inputs, attn_mask=mask, backend="flex")
+    with torch.no_grad():
+        {**dict(zip(made, inputs, strict=True)), "attn_mask": mask}[changed].zero_()
+    with pytest.raises(RuntimeError, match=f"{changed} was changed in place|modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_more_heads_than_a_grid_has_places_for_are_refused():
+    query = torch.zeros(32768, 3, 2, 16, device="cuda", dtype=torch.float16)
+    with pytest.raises(CallRefused, match="65536 heads"):
+        attention(query, query, query, backend="flex")
+
+
+def test_the_limit_of_recursion_is_left_alone():
+    limit = sys.getrecursionlimit()
+    query = torch.randn(1, 23, 3, 16, device="cuda", requires_grad=True)
+    attention(query, query, query, backend="flex").sum().backward()
+    assert sys.getrecursionlimit() == limit
