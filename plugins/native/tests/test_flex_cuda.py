@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from attn_core import CallRefused, attention
 from attn_core.masks import KeyPadding, Packed
 from attn_core.testing.reference import reference
 from attn_native import flex
