@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from fake_distributions import HEAD, world  # noqa: F401 (a fixture)
@@ -55,7 +56,11 @@ def started(world, tmp_path):  # noqa: F811
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "STARTED": f"{tmp_path}/pid-",
         }
-        running.append(subprocess.Popen([sys.executable, str(file)], env=environment, stdout=-1, stderr=-1, text=True))
+        command = [sys.executable, str(file)]
+        heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # xdist's processes ignore it
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, preexec_fn=heeding)  # noqa: PLW1509
+        )
         return running[-1]
 
     yield start

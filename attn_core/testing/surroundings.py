@@ -120,6 +120,11 @@ def unusual(device: torch.device, half: int, *, guarded: bool = True) -> Iterato
                     attempt(partial(setting.write, usual[setting.name]))
 
 
+def _recursion() -> int:
+    """The limit, below what torch's compiler raises it to once and for good: that much is not the backend's doing."""
+    return max(sys.getrecursionlimit(), 2000)
+
+
 def _flipped(value: Any) -> bool:
     return not value
 
@@ -305,7 +310,7 @@ def _of_python() -> Iterator[Setting]:
     yield Setting("the state of random", random.getstate, random.setstate, lambda _: unlikely)
     yield Setting("the state of numpy's random numbers", _numpy_random, _set_numpy_random, _numpy_reseeded)
     yield Setting("how numpy handles errors", _numpy_errors)
-    yield Setting("the limit of recursion", sys.getrecursionlimit, sys.setrecursionlimit, lambda now: now + 7)
+    yield Setting("the limit of recursion", _recursion, sys.setrecursionlimit, lambda now: now + 7)
     yield Setting("how often threads change", sys.getswitchinterval, sys.setswitchinterval, lambda now: now / 2)
     yield Setting(
         "whether garbage is collected", gc.isenabled, lambda on: gc.enable() if on else gc.disable(), _flipped

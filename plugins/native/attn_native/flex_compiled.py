@@ -7,8 +7,6 @@ code would run uncompiled. So each kind of call gets a code object of its own, i
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
 from threading import Lock, RLock
@@ -107,7 +105,7 @@ class Compiled:
                 self.shapes.clear()
             if shape in self.shapes:
                 return self.run(query, key, value, operands)
-            with _compiling, torch._dynamo.config.patch(_LENGTHS), _own_recursion_limit():
+            with _compiling, torch._dynamo.config.patch(_LENGTHS):
                 result = self.run(query, key, value, operands)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             _refuse(error)
@@ -115,16 +113,6 @@ class Compiled:
             self.shapes.clear()
         self.shapes.add(shape)
         return result
-
-
-@contextmanager
-def _own_recursion_limit() -> Iterator[None]:
-    """Leave the process's limit of recursion as it was: torch's compiler raises it for good."""
-    limit = sys.getrecursionlimit()
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(limit)
 
 
 @lru_cache(maxsize=KINDS_KEPT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -231,10 +230,3 @@ def test_more_heads_than_a_grid_has_places_for_are_refused():
     query = torch.zeros(32768, 3, 2, 16, device="cuda", dtype=torch.float16)
     with pytest.raises(CallRefused, match="65536 heads"):
         attention(query, query, query, backend="flex")
-
-
-def test_the_limit_of_recursion_is_left_alone():
-    limit = sys.getrecursionlimit()
-    query = torch.randn(1, 23, 3, 16, device="cuda", requires_grad=True)
-    attention(query, query, query, backend="flex").sum().backward()
-    assert sys.getrecursionlimit() == limit
