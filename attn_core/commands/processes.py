@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import suppress
+from importlib import import_module
 from queue import SimpleQueue
 from threading import Thread
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -141,6 +142,7 @@ def work(answers: IO[bytes]) -> None:
 
     definitions()
     registry.rows()
+    import_module("torch._decomp.decompositions_for_jvp")  # takes half a second, and most backends' checks come to it
     while True:
         try:
             given = pickle.load(sys.stdin.buffer)  # noqa: S301 (of who started it)

@@ -265,12 +265,6 @@ class Subject:
             given["gradients"] = tuple(name for name in given.get("gradients", ()) if name != "attn_mask")
         return Case(**given)
 
-    def _lighter(self, case: Case) -> Case:
-        """In a quick run, the same call of one sequence where more would take long to compare."""
-        keys = case.queries if case.keys is None else case.keys
-        many = case.batch * case.heads[0] * case.queries * keys > _SCORES_WHERE_QUICK
-        return replace(case, batch=1) if self.quick and many and case.batch else case
-
     @property
     def plain(self) -> Case:
         """The plainest call that it admits."""
@@ -295,7 +289,7 @@ class Subject:
             Different cases; none where none is admitted.
         """
         random = self.random(f"{varied} {each}")
-        wanted = max(count // 5, 3) if self.quick else max(count, len(each))
+        wanted = max(count // 9, 2) if self.quick else max(count, len(each))
         if self.spec.first_call_compiles:
             return self._drawn_again(wanted, varied, random.sample(list(each), len(each)), where)
         if wanted < len(each):
@@ -305,7 +299,7 @@ class Subject:
         for turn in range(8 * max(wanted, len(each))):
             chosen = [next(deck) for deck in decks.values()]
             for base, fragments in product(self.plain_fragments, (chosen, ())):
-                case = self._lighter(self.case(base, *fragments, each[turn % len(each)], seed=turn))
+                case = self.case(base, *fragments, each[turn % len(each)], seed=turn)
                 if self.admits(case) and (where is None or where(case)):
                     found[case] = None
                     break
@@ -416,7 +410,7 @@ class Subject:
             CheckFailed: with the smallest call that shows it.
         """
         right, refused = 0, []
-        for case in cases:
+        for case in map(self._lighter, cases):
             refusal = self.hold_one(case, call)
             if refusal is None:
                 right += 1
@@ -446,6 +440,12 @@ class Subject:
         ):  # a smaller call ended the device; it is not what was seen
             shown, smallest = found, case
         raise CheckFailed(_told(shown), smallest)
+
+    def _lighter(self, case: Case) -> Case:
+        """In a quick run, the same call of one sequence where more would take long to compare."""
+        keys = case.queries if case.keys is None else case.keys
+        many = case.batch * case.heads[0] * case.queries * keys > _SCORES_WHERE_QUICK
+        return replace(case, batch=1) if self.quick and many and case.batch else case
 
     def alive(self) -> bool:
         """Whether the device can still be used: a fault of a kernel ends it for the whole process."""
