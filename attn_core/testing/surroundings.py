@@ -295,7 +295,7 @@ def _modes() -> list[str]:
 
 # --- Python -----------------------------------------------------------------------------------------------------------
 
-OF_TOOLS = ("TORCHINDUCTOR_", "TRITON_", "CUDA_", "PYTORCH_", "PYTEST_", "KMP_", "OMP_")
+OF_TOOLS = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "CUDA_", "PYTORCH_", "PYTEST_", "KMP_", "OMP_")
 """How environment variables begin that compilers and torch set for themselves when they are first used."""
 
 

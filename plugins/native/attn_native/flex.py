@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from attn_core.errors import CallRefused
 from attn_core.masks import KeyPadding, Packed
 from attn_native.flex_compiled import eager
 from attn_native.flex_forms import attend
 from attn_native.flex_operands import Mask, kind_of, prepare, traced
 
 _MOST_HEADS = 65535
+"""Of all sequences of a call together: the driver refuses to start torch's kernel for more (seen on torch 2.11)."""
 
 
 def forward(
@@ -36,7 +36,6 @@ def forward(
 
     Raises:
         BackendNotUsable: torch.compile has no compiler, is switched off, gives up, or reached its limit.
-        CallRefused: more heads than a GPU's grid has places for.
     """
     left, right = window_size or (-1, -1)
     if causal:
@@ -51,7 +50,20 @@ def forward(
     if traced():
         form, operands = prepare(query, key, attn_mask, scale, left, right, softcap, lse=return_lse)
         return attend(form, query, key, value, operands)
-    _require_fitting(query)
+    batch, _, heads, _ = query.shape
+    if batch * heads > _MOST_HEADS and batch > 1:
+        options: dict[str, Any] = {
+            "scale": scale,
+            "window_size": (left, right),
+            "softcap": softcap,
+            "return_lse": return_lse,
+        }
+        each = max(_MOST_HEADS // heads, 1)
+        parts = [
+            forward(query[part], key[part], value[part], attn_mask=_sequences(attn_mask, part), **options)
+            for part in (slice(start, start + each) for start in range(0, batch, each))
+        ]
+        return tuple(map(torch.cat, zip(*parts, strict=True))) if return_lse else torch.cat(parts)
     if torch.is_grad_enabled() and _requires_grad(query, key, value):
         result = eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
         _refuse_changes(result[0] if return_lse else result, query, key, value, attn_mask)
@@ -102,14 +114,13 @@ def backward(
     return dq, dk, dv
 
 
-def _require_fitting(query: torch.Tensor) -> None:
-    batch, _, heads, _ = query.shape
-    if batch * heads > _MOST_HEADS:
-        msg = (
-            f"flex: found {batch * heads} heads, those of all sequences together; accepted: {_MOST_HEADS} at most on a GPU, "
-            "whose driver refuses to start the compiled kernel for more (seen on torch 2.11). Use native_efficient or native"
-        )
-        raise CallRefused(msg)
+def _sequences(attn_mask: Mask, part: slice) -> Mask:
+    """What of a mask is for some of the sequences."""
+    if isinstance(attn_mask, KeyPadding):
+        return KeyPadding(attn_mask.keep[part])
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.shape[0] > 1:
+        return attn_mask[part]
+    return attn_mask
 
 
 def _refuse_changes(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask) -> None:

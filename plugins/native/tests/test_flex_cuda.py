@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from attn_core import CallRefused, attention
+from attn_core import attention
 from attn_core.masks import KeyPadding, Packed
 from attn_core.testing.reference import reference
 from attn_native import flex
@@ -226,7 +226,16 @@ def test_what_the_backward_reads_may_not_have_changed(changed):
         out.sum().backward()
 
 
-def test_more_heads_than_a_grid_has_places_for_are_refused():
-    query = torch.zeros(32768, 3, 2, 16, device="cuda", dtype=torch.float16)
-    with pytest.raises(CallRefused, match="65536 heads"):
-        attention(query, query, query, backend="flex")
+@pytest.mark.parametrize("kind", ["none", "bool", "key_padding"])
+def test_more_heads_than_a_grid_has_places_for(kind):
+    query, key, value = (torch.randn(32768, 3, 2, 16, device="cuda", requires_grad=True) for _ in range(3))
+    keep = torch.rand(32768, 3, device="cuda") > 0.4
+    mask = {"none": None, "bool": keep[:, None, None, :], "key_padding": KeyPadding(keep)}[kind]
+    out, lse = attention(query, key, value, attn_mask=mask, backend="flex", return_lse=True)
+    expected, expected_lse = reference(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=2e-5)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (query, key, value), grad)
+    for one, other in zip(found, torch.autograd.grad(expected, (query, key, value), grad.double()), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=5e-5)
