@@ -58,6 +58,7 @@ KERNELS = """
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """Where several processes run the tests, one has those of a file, and one all those that use the ranks."""
     if not config.pluginmanager.hasplugin("xdist"):
