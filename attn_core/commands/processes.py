@@ -137,11 +137,9 @@ def work(answers: IO[bytes]) -> None:
     """What a process does."""
     # so that torch, being imported, asks the driver in a way that a copy of this process can still begin with
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from attn_core import registry
     from attn_core.testing.checking import definitions
 
-    definitions()
-    registry.rows()
+    definitions()  # and no wheel's code, which might begin something here that a copy can't go on with
     import_module("torch._decomp.decompositions_for_jvp")  # takes half a second, and most backends' checks come to it
     while True:
         try:
