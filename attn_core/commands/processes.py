@@ -37,6 +37,8 @@ work(answers)
 _COPIES = sys.platform == "linux"
 """Whether a process is copied for each backend; elsewhere system libraries don't bear it, or there is no such call."""
 
+_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
 Heard = SimpleQueue[tuple["_Worker", "Outcome | AttnError | int | None"]]
 
 
@@ -135,23 +137,26 @@ def check_backends(
 
 def work(answers: IO[bytes]) -> None:
     """What a process does."""
+    found = _CHECK in os.environ
     # so that torch, being imported, asks the driver in a way that a copy of this process can still begin with
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault(_CHECK, "1")
     from attn_core.testing.checking import definitions
 
     definitions()  # and no wheel's code, which might begin something here that a copy can't go on with
     import_module("torch._decomp.decompositions_for_jvp")  # takes half a second, and most backends' checks come to it
+    if not found:
+        del os.environ[_CHECK]
     while True:
         try:
-            given = pickle.load(sys.stdin.buffer)  # noqa: S301 (of who started it)
+            asked = pickle.load(sys.stdin.buffer)  # noqa: S301 (of who started it)
         except EOFError:
             return
         if not _COPIES:
-            _check(answers, *given)
+            _check(answers, *asked)
             return
         copy = os.fork()
         if not copy:
-            _copied(answers, *given)
+            _copied(answers, *asked)
         _, status = os.waitpid(copy, 0)
         _say(answers, os.waitstatus_to_exitcode(status))
 
