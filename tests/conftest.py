@@ -58,16 +58,6 @@ KERNELS = """
 """
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """Where several processes run the tests, one has those of a file, and one all those that use the ranks."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "ranks" if "ranks" in item.fixturenames else item.path.relative_to(Path(__file__).parents[1]).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def write_distribution(
     folder: Path, distribution: str, version: str, modules: dict[str, str], declaration: str
 ) -> None:

@@ -57,7 +57,7 @@ def started(world, tmp_path):  # noqa: F811
             "STARTED": f"{tmp_path}/pid-",
         }
         command = [sys.executable, str(file)]
-        heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # xdist's processes ignore it
+        heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # who runs the tests may ignore it
         running.append(
             subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, preexec_fn=heeding)  # noqa: PLW1509
         )
