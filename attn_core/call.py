@@ -242,10 +242,10 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             return run(query, key, value, scale=scale, attn_mask=attn_mask)
         given = {"softcap": softcap, "dropout_p": dropout_p, "attn_mask": attn_mask}
         return run(query, key, value, scale=scale, **{name: given[name] for name in brought})
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError) as error:
         check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
         check_mask(attn_mask, query, key)
-        check_kept(query, key, value, attn_mask)
+        check_kept(error, query, key, value, attn_mask)
         raise
 
 
@@ -340,8 +340,8 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
         warming.before(compiled, warming.FORWARD, query)
     try:
         result = run(query, key, value, scale=call.options["scale"], **brought)
-    except RuntimeError:
-        check_kept(query, key, value, options["attn_mask"])
+    except RuntimeError as error:
+        check_kept(error, query, key, value, options["attn_mask"])
         raise
     if compiled is not None:
         warming.note(compiled, warming.FORWARD)

@@ -222,13 +222,13 @@ def needs_graph(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(item, torch.Tensor) and item.requires_grad for item in tensors)
 
 
-def check_kept(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
-    """Refuse, where torch has raised, tensors of inference mode that the call would have kept for its backward."""
+def check_kept(error: Exception, query: Any, key: Any, value: Any, attn_mask: Any) -> None:
+    """Refuse, where torch has raised for it, tensors of inference mode that the call would have kept for its backward."""
+    if "nference tensor" not in str(error):
+        return
     given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     found = [name for name, item in given.items() if isinstance(item, torch.Tensor) and item.is_inference()]
-    if not found or not needs_graph(*given.values()):
-        return
-    names = " and ".join(found)
+    names = " and ".join(found) or "a tensor of this call"
     msg = (
         f"{names}: found made under torch.inference_mode(), which autograd can't keep for the backward of this call; accepted: "
         "tensors made outside. Next: give a clone() made outside inference mode, or make the call under torch.no_grad()"

@@ -109,12 +109,17 @@ def check_backends(
     """
     waiting = list(names)
     heard: Heard = SimpleQueue()
-    workers = [_Worker(heard) for _ in names[:processes]]
-    busy = list(workers)
+    workers: list[_Worker] = []  # those that were not waited for
+    idle: list[_Worker] = []
+    busy: list[_Worker] = []
     try:
-        for worker in workers:
-            worker.check(waiting.pop(0), threads, {"only": only, **options})
-        while busy:
+        while waiting or busy:
+            while waiting and len(busy) < processes:
+                if not idle:
+                    workers.append(_Worker(heard))
+                    idle.append(workers[-1])
+                busy.append(idle.pop())
+                busy[-1].check(waiting.pop(0), threads, {"only": only, **options})
             worker, said = heard.get()
             if isinstance(said, AttnError):
                 raise said
@@ -122,14 +127,17 @@ def check_backends(
                 worker.last = said.check
                 yield said
                 continue
+            if said is None:
+                workers.remove(worker)
+                said = worker.ended()
+                if worker in idle:  # it ended after what it was asked for
+                    idle.remove(worker)
+                    continue
+            else:
+                idle.append(worker)
             busy.remove(worker)
-            code = worker.ended() if said is None else said
-            if code:
-                yield _ended(worker, code)
-            if waiting:
-                busy.append(worker if said is not None else _Worker(heard))
-                workers.append(busy[-1])
-                busy[-1].check(waiting.pop(0), threads, {"only": only, **options})
+            if said:
+                yield _ended(worker, said)
     finally:
         for worker in workers:
             worker.end()

@@ -125,13 +125,12 @@ def _sequences(attn_mask: Mask, part: slice) -> Mask:
 
 def _refuse_changes(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask) -> None:
     """Have the backward raise where what it reads was changed in place: compiled code does not look (seen on torch 2.11)."""
-    named = {"query": query, "key": key, "value": value}
-    if isinstance(mask, torch.Tensor):
-        named["attn_mask"] = mask
-    counts = {name: (tensor, tensor._version) for name, tensor in named.items() if not tensor.is_inference()}
+    of_mask = () if mask is None else (mask,) if isinstance(mask, torch.Tensor) else mask.tensors
+    named = [("query", query), ("key", key), ("value", value), *(("attn_mask", tensor) for tensor in of_mask)]
+    counts = [(name, tensor, tensor._version) for name, tensor in named if not tensor.is_inference()]
 
     def check(_: torch.Tensor) -> None:
-        changed = [name for name, (tensor, version) in counts.items() if tensor._version != version]
+        changed = dict.fromkeys(name for name, tensor, version in counts if tensor._version != version)
         if changed:
             msg = (
                 f"flex: {' and '.join(changed)} was changed in place between the call and its backward, which needs what it was. "

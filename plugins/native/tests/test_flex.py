@@ -512,3 +512,19 @@ def test_the_rows_of_a_block_mask_are_contiguous_both_ways():
     """The kernels for a GPU read them so; a transposed order gave wrong gradients of the keys there."""
     visible = flex_blocks.diagonal(300, 700, -flex_blocks.NO_LIMIT, 400, torch.device("cpu"))
     assert all(tensor.is_contiguous() for tensor in flex_blocks.blocks(visible))
+
+
+@pytest.mark.parametrize("changed", ["query", "key", "value", "attn_mask", None])
+@pytest.mark.parametrize("described", [False, True])
+def test_a_backward_is_refused_where_what_it_reads_was_changed(changed, described):
+    inputs = {name: torch.randn(1, 4, 2, 8) for name in ("query", "key", "value")}
+    keep = torch.rand(1, 4) > 0.3
+    mask = KeyPadding(keep) if described else keep[:, None, None, :]
+    out = torch.ones(1, 4, 2, 8, requires_grad=True) * 2.0
+    flex._refuse_changes(out, *inputs.values(), mask)
+    if changed is None:
+        out.sum().backward()
+        return
+    {**inputs, "attn_mask": keep}[changed].zero_()
+    with pytest.raises(RuntimeError, match=f"{changed} was changed in place"):
+        out.sum().backward()
