@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -377,7 +378,20 @@ def test_a_rank_that_fails_ends_the_others(shape, how, said):
 # --- on one GPU, shared by several processes ----------------------------------------------------------------------------
 
 GPU_SHAPES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]
-KERNELS = ["native_flash", "native_cudnn", "native_efficient", "native_math"]
+LIBRARIES = {
+    "flash": "flash_attn_2_cuda",
+    "flash_4": "cutlass",
+    "xformers": "xformers",
+    "xformers_flash": "xformers",
+    "xformers_cutlass": "xformers",
+}
+KERNELS = [
+    *("native_flash", "native_cudnn", "native_efficient", "native_math"),
+    *(
+        pytest.param(name, marks=pytest.mark.skipif(find_spec(library) is None, reason=f"needs {library}"))
+        for name, library in LIBRARIES.items()
+    ),
+]
 HIDING = [
     ("native_flash", {"options": (("causal", True), ("window_size", (70, 0))), "order": "contiguous"}),
     ("native_flash", {"options": (("causal", True),), "mask": "packed"}),

@@ -1,8 +1,8 @@
 """Compiled flex_attention for eager callers: code of its own for each kind of call, and errors instead of eager code.
 
 Dynamo keeps what it compiles with a code object and stops at ``torch._dynamo.config.recompile_limit`` (8); from then on the
-code would run uncompiled. So each kind of call gets a code object of its own, in which at most lengths become dynamic
-(two or three compilations for any number of lengths), and reaching the limit raises.
+code would run uncompiled. So each kind of call gets a code object of its own, in which at most lengths are dynamic (one
+compilation on CPU and two or three elsewhere for any number of lengths), and reaching the limit raises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from attn_core.errors import BackendNotUsable
-from attn_native.flex_forms import BLOCK, INDEXED, attend, roomy
+from attn_native.flex_forms import BLOCK, INDEXED, Blocks, attend, roomy
 from attn_native.flex_operands import prepare
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ COMPILER = "inductor"
 KINDS_KEPT = 256
 _SHAPES_KEPT = 4096
 
-# A length is fixed in the code until a second one comes. Code around us that was compiled with dynamic=True or False sets
-# this for all that it calls.
+# A length is fixed in the code until a second one comes, but on CPU, where that gains nothing. Code around us that was
+# compiled with dynamic=True or False sets this for all that it calls.
 _LENGTHS = {"assume_static_by_default": True, "automatic_dynamic_shapes": True}
 
 _entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
@@ -106,6 +106,8 @@ class Compiled:
             if shape in self.shapes:
                 return self.run(query, key, value, operands)
             with _compiling, torch._dynamo.config.patch(_LENGTHS):
+                if query.device.type == "cpu":
+                    query, key, value, operands = _of_any_size(query, key, value, operands)
                 result = self.run(query, key, value, operands)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             _refuse(error)
@@ -113,6 +115,18 @@ class Compiled:
             self.shapes.clear()
         self.shapes.add(shape)
         return result
+
+
+def _of_any_size(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands) -> Any:
+    """The same, marked so that one code is for all lengths and batches: C++ compilers take many seconds for each."""
+    blocks = operands.blocks and Blocks(*(_open(tensor, *range(tensor.ndim)) for tensor in operands.blocks))
+    return *(_open(tensor, 0, 1) for tensor in (query, key, value)), operands._replace(blocks=blocks)
+
+
+def _open(tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    marked = tensor.view_as(tensor)  # the mark is on the object, which may be the caller's
+    torch._dynamo.maybe_mark_dynamic(marked, [dim for dim in dims if tensor.shape[dim] > 1])
+    return marked
 
 
 @lru_cache(maxsize=KINDS_KEPT)
