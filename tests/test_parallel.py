@@ -359,7 +359,7 @@ def test_repeats_its_bits_and_gives_memory_of_its_own(ranks, shape):
 @pytest.mark.parametrize(
     ("how", "said"), [("raises", "rank 1 failed: ValueError: the kernel of this rank broke"), ("dies", "")]
 )
-@pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
+@pytest.mark.parametrize("shape", [(3, 1), pytest.param((1, 3), marks=pytest.mark.slow)])
 def test_a_rank_that_fails_ends_the_others(shape, how, said):
     pool = Ranks(3, timeout=10)
     try:

@@ -77,8 +77,8 @@ def test_refuses_on_every_rank_what_is_no_forward_of_a_whole_sequence(ranks, how
     agrees(ranks, "llama", (2, 1), order, None, None)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
 @pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_a_compiled_model_is_right_or_refused_inside_a_scope(ranks, shape, fullgraph):
     for found in ranks.run("parallel_models.compiled", shape, fullgraph, on=2):
         for one in found:

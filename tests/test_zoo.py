@@ -60,12 +60,13 @@ def test_a_lie_is_caught_by_the_check_that_is_for_it(name, check):
 
 
 HONEST = [
-    ("honest", False), ("honest_with_dropout", True), ("honest_compiling", False), ("honest_for_pairs", True),
-    ("honest_for_64_and_a_pair", True), ("honest_by_rules", True), ("honest_for_causal", True), ("for_float8_too", True),
+    "honest", "honest_with_dropout", "honest_compiling", "honest_for_pairs", "honest_for_64_and_a_pair", "honest_by_rules",
+    "honest_for_causal", "for_float8_too",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "quick"), HONEST)
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", HONEST)
 def test_the_honest_one_passes(name, quick):
     """But for the declaration of the zoo, which imports its kernels to know their names."""
     wrong = [outcome for outcome in check_backend(f"zoo:{name}", quick=quick) if outcome.status == FAILED]

@@ -280,15 +280,18 @@ def test_key_padding_costs_no_dense_mask_and_is_prepared_once(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    "options",
+    ("backend", "options"),
     [
-        {},
-        {"causal": True},
-        {"causal": True, "return_lse": True},
-        {"mask": "bool"},
-        {"mask": "key_padding", "causal": True},
+        pytest.param(backend, options, marks=[pytest.mark.slow] if wholly and set(options) != wholly else [])
+        for backend, wholly in (("aot_eager", None), ("inductor", {"mask", "causal"}))
+        for options in (
+            {},
+            {"causal": True},
+            {"causal": True, "return_lse": True},
+            {"mask": "bool"},
+            {"mask": "key_padding", "causal": True},
+        )
     ],
     ids=str,
 )
