@@ -22,52 +22,62 @@ sent: Counter[str] = Counter()
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 _streams: dict[torch.device, Any] = {}
+_DOING = "exchanging keys or gradients round the ring"
 
 
 class Transfer:
-    """Messages under way. Tensors are contiguous; both ends post theirs in one order, and post at once what belongs together.
+    """Messages that go and come together. Tensors are contiguous; both ends name those between them in one order.
 
     Args:
         cp: whose ring.
-        sending: (tensor, ring place) to send to.
-        receiving: (tensor, ring place) to receive from.
-        purpose: for ``sent``.
         tag: of the messages: gloo delivers none to who waits for another. NCCL has no tags.
     """
 
-    def __init__(
-        self,
-        cp: ContextParallel,
-        sending: list[tuple[torch.Tensor, int]],
-        receiving: list[tuple[torch.Tensor, int]],
-        purpose: str,
-        tag: int,
-    ) -> None:
+    def __init__(self, cp: ContextParallel, tag: int) -> None:
         self._cp = cp
-        self._doing = f"exchanging {purpose} round the ring"
-        group = cp.group("ring")
-        peers = cp.ring_ranks
+        self._tag = tag
+        self._sending: list[tuple[torch.Tensor, int]] = []
+        self._receiving: list[tuple[torch.Tensor, int]] = []
+        self._purposes: list[str] = []
         self._arrivals: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if "ring" in cp.staged and any(tensor.is_cuda for tensor, _ in (*sending, *receiving)):
-            sending = [(_off_device(tensor), place) for tensor, place in sending]
+        self._works: list[Any] = []
+
+    def send(self, tensor: torch.Tensor, place: int, purpose: str) -> None:
+        """Send a tensor to a place of the ring; the purpose is for ``sent``."""
+        self._sending.append((tensor, place))
+        self._purposes.append(purpose)
+
+    def receive(self, tensor: torch.Tensor, place: int) -> None:
+        """Receive into a tensor from a place of the ring."""
+        self._receiving.append((tensor, place))
+
+    def start(self) -> None:
+        """Post all messages."""
+        sending, receiving = self._sending, self._receiving
+        if not sending and not receiving:
+            return
+        group, peers = self._cp.group("ring"), self._cp.ring_ranks
+        if "ring" in self._cp.staged and any(tensor.is_cuda for tensor, _ in (*sending, *receiving)):
+            self._sending = sending = [(_off_device(tensor), place) for tensor, place in sending]
             landing = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor, _ in receiving]
             self._arrivals = [(tensor, host) for (tensor, _), host in zip(receiving, landing, strict=True)]
             receiving = [(host, place) for host, (_, place) in zip(landing, receiving, strict=True)]
-        operations = [dist.P2POp(dist.isend, tensor, peers[place], group, tag) for tensor, place in sending]
-        operations += [dist.P2POp(dist.irecv, tensor, peers[place], group, tag) for tensor, place in receiving]
-        sent[purpose] += sum(tensor.numel() * tensor.element_size() for tensor, _ in sending)
-        self._kept = sending
-        with blamed(cp, self._doing):
-            self._works = dist.batch_isend_irecv(operations) if operations else []
+        operations = [dist.P2POp(dist.isend, tensor, peers[place], group, self._tag) for tensor, place in sending]
+        operations += [dist.P2POp(dist.irecv, tensor, peers[place], group, self._tag) for tensor, place in receiving]
+        for (tensor, _), purpose in zip(sending, self._purposes, strict=True):
+            sent[purpose] += tensor.numel() * tensor.element_size()
+        with blamed(self._cp, _DOING):
+            self._works = dist.batch_isend_irecv(operations)
 
     def wait(self) -> None:
         """Have what arrives at hand, and what was sent free again: on a GPU, for the current stream."""
-        with blamed(self._cp, self._doing):
-            for work in self._works:
-                work.wait()
+        if self._works:
+            with blamed(self._cp, _DOING):
+                for work in self._works:
+                    work.wait()
         for tensor, host in self._arrivals:
             tensor.copy_(host, non_blocking=True)
-        self._works, self._arrivals, self._kept = [], [], []
+        self._works, self._arrivals, self._sending = [], [], []
 
 
 def all_to_all(

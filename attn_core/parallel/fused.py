@@ -76,7 +76,8 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
     batch, length, heads, dim = out.shape
     if out.numel() == 0:
         return
-    with _alone, torch.cuda.device_of(out):
+    there = out.is_cuda and out.get_device() == torch.cuda.current_device()  # to make it so takes microseconds
+    with _alone, nullcontext() if there else torch.cuda.device_of(out):
         _merge[batch * heads * triton.cdiv(length, ROWS),](
             out,
             lse,

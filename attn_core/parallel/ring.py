@@ -113,11 +113,14 @@ class Ring:
         """What a room holds at a step."""
         return room.chunk(self.lengths[self.source(step)])
 
-    def chunks(self) -> Iterator[tuple[int, Cut]]:
+    def chunks(self, gradients: Gradients | None = None) -> Iterator[tuple[int, Cut]]:
         """The steps, with what cuts the keys and values at hand, this rank's own first. The next are on their way meanwhile.
 
         A step at which nothing is here has nothing to compute; it is told all the same, since all ranks post their messages
         in one order.
+
+        Args:
+            gradients: what they have to send goes with the keys: posting messages at once takes half the time.
         """
         if self.rounds == 1:
             yield 0, cutter((self.key, 1), (self.value, 1))
@@ -128,15 +131,14 @@ class Ring:
         current.value.copy_(self.value)
         for step in range(self.rounds):
             following = self.chunk(rooms[(step + 1) % 2], step + 1)
-            goes = step < self.course.last[self.source(step)]
-            comes = step + 1 < self.rounds and self.here(step + 1)
-            transfer = Transfer(
-                self.cp,
-                [(current.message, self.onward)] if goes else [],
-                [(following.message, self.source(1))] if comes else [],
-                "keys",
-                self.tag,
-            )
+            transfer = Transfer(self.cp, self.tag)
+            if gradients is not None:
+                gradients.go_with(transfer)
+            if step < self.course.last[self.source(step)]:
+                transfer.send(current.message, self.onward, "keys")
+            if step + 1 < self.rounds and self.here(step + 1):
+                transfer.receive(following.message, self.source(1))
+            transfer.start()
             yield step, current.cut
             transfer.wait()
             current = following
@@ -264,6 +266,8 @@ class Gradients:
         self._rooms = going.rooms(wide(going.key.dtype))
         self._rooms[0].memory.zero_()
         self._home: Room | None = None
+        self._sending: list[tuple[torch.Tensor, int]] = []
+        self._receiving: list[tuple[torch.Tensor, int]] = []
         self._transfer: Transfer | None = None
 
     def arrived(self, step: int) -> Cut:
@@ -272,25 +276,36 @@ class Gradients:
         return self._ring.chunk(self._rooms[step % 2], step).cut
 
     def pass_on(self, step: int) -> None:
-        """Send those of the chunk that is here on, or home where its course ends; receive those of the next."""
+        """Have those of the chunk that is here go on, or home where its course ends, and those of the next come."""
         self._wait()  # where nothing was added at this step
         ring, last = self._ring, self._ring.course.last
         source, following = ring.source(step), self._rooms[(step + 1) % 2]
-        sending, receiving = [], []
         if ring.here(step) and last[source] > 0:
             target = ring.onward if step < last[source] else source
-            sending.append((ring.chunk(self._rooms[step % 2], step).message, target))
+            self._sending.append((ring.chunk(self._rooms[step % 2], step).message, target))
         if step + 1 < ring.rounds and ring.here(step + 1):
-            receiving.append((ring.chunk(following, step + 1).message, ring.source(1)))
+            self._receiving.append((ring.chunk(following, step + 1).message, ring.source(1)))
         if last[ring.place] == step == 0 and ring.rounds > 1:  # the room is needed for others
             self._home = self._room(self._rooms[0].memory.clone())
         elif 0 < last[ring.place] == step:
             self._home = following if step + 1 == ring.rounds else self._room(torch.empty_like(following.memory))
-            receiving.append((ring.chunk(self._home, 0).message, (ring.place + step) % ring.places))
-        self._transfer = Transfer(ring.cp, sending, receiving, "gradients", ring.tag)
+            self._receiving.append((ring.chunk(self._home, 0).message, (ring.place + step) % ring.places))
+
+    def go_with(self, transfer: Transfer) -> None:
+        """Leave what goes and comes to a transfer that is about to start."""
+        if not self._sending and not self._receiving:
+            return
+        for tensor, place in self._sending:
+            transfer.send(tensor, place, "gradients")
+        for tensor, place in self._receiving:
+            transfer.receive(tensor, place)
+        self._sending, self._receiving, self._transfer = [], [], transfer
 
     def own(self) -> Chunk:
         """Those of this rank's keys and values, complete."""
+        last = Transfer(self._ring.cp, self._ring.tag)
+        self.go_with(last)
+        last.start()
         self._wait()
         return self._ring.chunk(self._home or self._rooms[0], 0)
 
@@ -336,7 +351,7 @@ def _backward(
     grad_query = torch.zeros_like(query, dtype=wide(query.dtype), memory_format=torch.contiguous_format)
     rows, grad_rows = cutter((grad_out, 1), (query, 1)), cutter((grad_query, 1))
     results = cache(lambda part: (out[:, slice(*part)], lse[:, :, slice(*part)].contiguous()))
-    for step, columns in going.chunks():
+    for step, columns in going.chunks(gradients):
         for piece in going.pieces(step):
             hidden = options_of(piece, mask, prepared.kind.mask, prepared.key_pieces[going.source(step)])
             found = backward(*rows(piece.queries), *columns(piece.keys), *results(piece.queries), **options, **hidden)

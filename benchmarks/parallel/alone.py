@@ -13,15 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from attn_core.parallel import ContextParallel, agreement, ring
+from attn_core.parallel.communication import Transfer
 
 
-class Still:
+class Still(Transfer):
     """A transfer that sends nothing."""
 
-    def __init__(self, *message):
-        pass
-
-    def wait(self):
+    def start(self):
         """Nothing is under way."""
 
 

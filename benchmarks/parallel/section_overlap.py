@@ -163,6 +163,15 @@ def error(found, wanted):
 # --- how fast -----------------------------------------------------------------------------------------------------------
 
 
+def exchange(cp, sending, receiving):
+    """One message each way, under way."""
+    transfer = Transfer(cp, tag=1)
+    transfer.send(*sending, "links")
+    transfer.receive(*receiving)
+    transfer.start()
+    return transfer
+
+
 def links(cp, device):
     """Gigabytes a second that a rank sends while it receives as many: round the ring, and all to all."""
     found, rows = [], []
@@ -172,7 +181,7 @@ def links(cp, device):
         share = size // 2 // places
 
         def sends(source=source, target=target, place=place, places=places):
-            Transfer(cp, [(source, (place + 1) % places)], [(target, (place - 1) % places)], "links", 1).wait()
+            exchange(cp, (source, (place + 1) % places), (target, (place - 1) % places)).wait()
 
         def exchanges(source=source, target=target, share=share, places=places):
             dist.all_to_all_single(target[: share * places], source[: share * places], group=cp.group("ring"))
@@ -191,7 +200,7 @@ def transfer_cost(cp, device):
     best = {"post": float("inf"), "wait": float("inf")}
     for _ in range(300):
         start = time.perf_counter()
-        transfer = Transfer(cp, [(source, (cp.place[0] + 1) % cp.ring)], [(target, cp.place[0] - 1)], "cost", 2)
+        transfer = exchange(cp, (source, (cp.place[0] + 1) % cp.ring), (target, cp.place[0] - 1))
         posted = time.perf_counter()
         transfer.wait()
         best["post"] = min(best["post"], (posted - start) * 1e6)
