@@ -120,7 +120,7 @@ class Ring:
         in one order.
 
         Args:
-            gradients: what they have to send goes with the keys: posting messages at once takes half the time.
+            gradients: what they have to send and receive goes with the keys, in one exchange.
         """
         if self.rounds == 1:
             yield 0, cutter((self.key, 1), (self.value, 1))

@@ -86,7 +86,7 @@ def measured(options, places, causal, merging):
 
 
 def exchange(cp, tensor):
-    """What torch.distributed takes for one message each way: a step of a forward has one such exchange, of a backward two."""
+    """What torch.distributed takes for one message each way, as a step of a forward has; a backward has two in one exchange."""
     group = cp.group("ring")
     operations = [dist.P2POp(dist.isend, tensor, 1, group), dist.P2POp(dist.irecv, tensor, 1, group)]
     for work in dist.batch_isend_irecv(operations):

@@ -118,7 +118,7 @@ class Compiled:
 
 
 def _of_any_size(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands) -> Any:
-    """The same, marked so that one code is for all lengths and batches: C++ compilers take many seconds for each."""
+    """The same, marked so that one code is for all lengths and batches of a kind: C++ compilers take many seconds for each."""
     blocks = operands.blocks and Blocks(*(_open(tensor, *range(tensor.ndim)) for tensor in operands.blocks))
     return *(_open(tensor, 0, 1) for tensor in (query, key, value)), operands._replace(blocks=blocks)
 
