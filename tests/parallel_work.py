@@ -20,6 +20,7 @@ from attn_core.parallel import (
     merge,
     part,
     ring,
+    rows,
     sight,
     use_parallel,
 )
@@ -218,7 +219,7 @@ def streams(case):
 def errors_with(defect, case):
     """``errors`` with a part made wrong."""
     patches = {
-        "merge": (ring, "merge_", _forgetful_merge),
+        "merge": (rows, "merge", _forgetful_merge),
         "zigzag": (sight, "_placed", _laid_backwards),
         "hop": (ring.Gradients, "pass_on", lambda self, step: None),
         "heads": (heads, "by_positions", _swapped(heads.by_positions)),
@@ -253,10 +254,10 @@ def _seeing_all(right):
     return lambda rectangle, seen: right(rectangle, replace(seen, causal=False))
 
 
-def _forgetful_merge(out, lse, part_out, part_lse):
-    both = torch.logaddexp(lse, part_lse.to(lse.dtype))
-    out.add_(part_out).mul_(0.5)
-    lse.copy_(both)
+def _forgetful_merge(parts, out, lse):
+    outs, lses = zip(*parts, strict=True)
+    out.copy_(sum(outs) / len(outs))
+    lse.copy_(torch.stack([level.to(lse.dtype) for level in lses]).logsumexp(0))
 
 
 def _swapped(right):

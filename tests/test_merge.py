@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_cases import largest_error
+from merge_cases import largest_error, largest_error_of_sums
 
 from attn_core.parallel import merge
 
@@ -19,13 +19,14 @@ TOLERANCE = 2e-6  # float32, over a few operations
 
 
 def test_several_passes_are_right():
-    assert largest_error(merge.merge_, "cpu") <= TOLERANCE
+    assert largest_error(merge.merge, "cpu") <= TOLERANCE
+    assert largest_error_of_sums(merge.add, "cpu") <= TOLERANCE
 
 
 def test_passes_what_is_not_finite_through():
     for other in (float("nan"), float("inf")):
         out, lse = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1)
-        merge.merge_(out, lse, torch.tensor([other, 1.0]).view(1, 1, 1, 2), torch.zeros(1, 1, 1))
+        merge.merge([(out, lse), (torch.tensor([other, 1.0]).view(1, 1, 1, 2), torch.zeros(1, 1, 1))], out, lse)
         assert not out[..., 0].isfinite().item()
         assert out[..., 1].item() == 1.0
 
@@ -42,7 +43,7 @@ def test_passes_what_is_not_finite_through():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 def test_infinity_stays_infinity(one, other, lse, part_lse, expected, device):
     out, whole = torch.full((1, 1, 1, 9), one, device=device), torch.full((1, 1, 1), lse, device=device)
-    merge.merge_(out, whole, torch.full_like(out, other), torch.full_like(whole, part_lse))
+    merge.merge([(out, whole), (torch.full_like(out, other), torch.full_like(whole, part_lse))], out, whole)
     torch.testing.assert_close(out, torch.full_like(out, expected), equal_nan=True)
 
 
@@ -58,7 +59,8 @@ def test_the_kernel_is_right_interpreted():
 @NEEDS_GPU
 class TestOnAGPU:
     def test_is_right(self):
-        assert largest_error(merge.merge_, "cuda") <= TOLERANCE
+        assert largest_error(merge.merge, "cuda") <= TOLERANCE
+        assert largest_error_of_sums(merge.add, "cuda") <= TOLERANCE
 
     def test_repeats_its_bits_over_many_programs(self):
         whole, part = torch.randn(2, 4096, 8, 128, device="cuda"), torch.randn(2, 4096, 8, 128, device="cuda")
@@ -66,7 +68,7 @@ class TestOnAGPU:
         found = []
         for _ in range(5):
             out, out_lse = whole.clone(), lse.clone()
-            merge.merge_(out, out_lse, part, part_lse)
+            merge.merge([(out, out_lse), (part, part_lse)], out, out_lse)
             found.append((out, out_lse))
         assert all(torch.equal(out, found[0][0]) and torch.equal(other, found[0][1]) for out, other in found)
 
@@ -75,7 +77,7 @@ class TestOnAGPU:
         monkeypatch.setitem(sys.modules, "attn_core.parallel.fused", None)
         monkeypatch.delattr("attn_core.parallel.fused", raising=False)
         try:
-            assert largest_error(merge.merge_, "cuda") <= TOLERANCE
-            assert merge._fused() is merge._eager
+            assert largest_error(merge.merge, "cuda") <= TOLERANCE
+            assert merge._fused() is None
         finally:
             merge._fused.cache_clear()

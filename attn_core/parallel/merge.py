@@ -1,4 +1,4 @@
-"""Puts partial results together by their log-sum-exp."""
+"""Puts partial results together: those over some keys by their log-sum-exp, gradients by adding them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
+    from types import ModuleType
+
+    Part = tuple[torch.Tensor, ...]  # a result and its lse
 
 NOTHING = float("-inf")
+AT_ONCE = 4  # parts that one pass of the kernel reads
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -19,33 +23,68 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Add to a result over some keys, in place, the result of the same queries over further keys.
+def at_once(tensor: torch.Tensor) -> int:
+    """How many parts are worth waiting for, to put them together in one pass over memory; others take a pass each."""
+    return AT_ONCE if _fused_for(tensor) is not None else 2
 
-    Exact: the weights are ``exp(lse_i - logaddexp(lse_1, lse_2))``, without the rounding of that sum. A side that sees
-    nothing (lse -inf) has weight 0, and where both see nothing the result stays 0 and the lse -inf. On a GPU with Triton it
-    is one pass over memory.
+
+def merge(parts: Sequence[Part], out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Write the result of the same queries over the keys of all parts.
+
+    Exact: the weights are ``exp(lse_i - lse)`` over their sum, without the rounding of ``lse``. A part that sees nothing (lse
+    -inf) has weight 0, and where none sees anything the result is 0 and the lse -inf. On a GPU with Triton it is one pass over
+    memory.
 
     Args:
-        out: (B, S, H, Dv), float32 or better.
-        lse: (B, H, S), as wide as out.
-        part: as out, in any dtype.
-        part_lse: as lse, in any dtype.
+        parts: at most ``AT_ONCE``: the result (B, S, H, Dv) over some keys, in any dtype, and its lse (B, H, S).
+        out: where to; may be that of the first part. Sums are made in float32 or better, whatever its dtype.
+        lse: where to; float32 or better. May be that of the first part.
 
-    >>> out, lse = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1), -torch.inf)
-    >>> merge_(out, lse, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))
-    >>> out.item(), lse.item()
+    >>> one, other = (torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1), -torch.inf)), (torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))
+    >>> merge([one, other], *one)
+    >>> one[0].item(), one[1].item()
     (1.0, 0.0)
     """
-    merge = _fused() if out.is_cuda and out.dtype == torch.float32 else _eager
-    merge(out, lse, part, part_lse)
+    if (fused := _fused_for(out)) is not None:
+        fused.merge(parts, out, lse)
+        return
+    (first, first_lse), *others = parts
+    whole = _widened(first, out)
+    lse.copy_(first_lse)
+    for part, narrow_lse in others:
+        part_lse = narrow_lse.to(lse.dtype)
+        # two products and no lerp, whose difference of an infinite result and a finite one is NaN
+        whole.mul_(_weight(lse, part_lse)).addcmul_(part.to(whole.dtype), _weight(part_lse, lse))
+        torch.logaddexp(lse, part_lse, out=lse)
+    out.copy_(whole)
 
 
-def _eager(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    part_lse = part_lse.to(lse.dtype)
-    # two products and no lerp, whose difference of an infinite result and a finite one is NaN
-    out.mul_(_weight(lse, part_lse)).addcmul_(part.to(out.dtype), _weight(part_lse, lse))
-    torch.logaddexp(lse, part_lse, out=lse)
+def add(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Write the sum of parts, made in float32 or better.
+
+    Args:
+        parts: at most ``AT_ONCE`` of (B, S, H, D), in any dtype.
+        out: where to; may be the first part.
+
+    >>> found = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+    >>> add([torch.full_like(found, 256.0), torch.ones_like(found), torch.ones_like(found)], found)
+    >>> found.item()
+    258.0
+    """
+    if (fused := _fused_for(out)) is not None:
+        fused.add(parts, out)
+        return
+    first, *others = parts
+    whole = _widened(first, out)
+    for part in others:
+        whole.add_(part)
+    out.copy_(whole)
+
+
+def _widened(first: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The first part, where the others can be added: in the result itself if it is wide enough."""
+    whole = out if out.dtype == wide(out.dtype) else torch.empty_like(out, dtype=wide(out.dtype))
+    return whole.copy_(first)
 
 
 def _weight(lse: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -53,19 +92,24 @@ def _weight(lse: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(lse - other).masked_fill_(lse == NOTHING, 0.0).transpose(1, 2).unsqueeze(-1)
 
 
+def _fused_for(out: torch.Tensor) -> ModuleType | None:
+    """The kernels of one pass, if such a result can be made with them."""
+    return _fused() if out.is_cuda and wide(out.dtype) == torch.float32 else None
+
+
 @cache
-def _fused() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """The kernel of one pass; the form of several where Triton is missing or can't compile, as without a C compiler."""
+def _fused() -> ModuleType | None:
+    """The kernels of one pass; None where Triton is missing or can't compile, as without a C compiler."""
     try:
         from attn_core.parallel import fused
 
         out = torch.zeros(1, 1, 1, 1, device="cuda")
-        fused.merge_(out, out[0], out, out[0])
+        fused.merge([(out, out[0])], out, out[0])
     except ImportError:
-        return _eager
+        return None
     except Exception as error:  # noqa: BLE001 - whatever keeps Triton from compiling, torch computes the same
         warnings.warn(
             f"attn: partial results are merged in several passes, as Triton fails here: {error}", stacklevel=2
         )
-        return _eager
-    return fused.merge_
+        return None
+    return fused

@@ -17,17 +17,17 @@ from attn_core.parallel.communication import Transfer
 from attn_core.parallel.completion import completed, how_many_lengths, lengths_of
 from attn_core.parallel.faults import told
 from attn_core.parallel.kind import parsed
-from attn_core.parallel.merge import NOTHING, merge_, wide
+from attn_core.parallel.merge import wide
 from attn_core.parallel.part import options_of
+from attn_core.parallel.rows import Rows, cutter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from attn_core.parallel.layout import Segment
     from attn_core.parallel.preparation import Prepared
+    from attn_core.parallel.rows import Cut
     from attn_core.parallel.sight import Piece
-
-    Cut = Callable[[Segment], tuple[torch.Tensor, ...]]
 
 
 class Chunk(NamedTuple):
@@ -144,50 +144,7 @@ class Ring:
             current = following
 
 
-def cutter(*tensors: tuple[torch.Tensor, int]) -> Cut:
-    """Takes positions of tensors, each given with its dimension of the sequence, the same positions only once."""
-    return cache(lambda part: tuple(tensor.narrow(dim, part.start, part.length) for tensor, dim in tensors))
-
-
 # --- forward ------------------------------------------------------------------------------------------------------------
-
-
-class Partial:
-    """The result so far of this rank's queries."""
-
-    def __init__(self, query: torch.Tensor, value: torch.Tensor) -> None:
-        batch, length, heads, _ = query.shape
-        dtype = wide(query.dtype)
-        self._new = (
-            lambda: query.new_zeros(batch, length, heads, value.shape[3], dtype=dtype),
-            lambda: query.new_full((batch, heads, length), NOTHING, dtype=dtype),
-        )
-        self._length = length
-        self._found: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._cut: Cut | None = None
-
-    def add(self, piece: Piece, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Merge the result of a piece in."""
-        if self._found is None and piece.queries.length == self._length:
-            self._found = self._own(out), self._own(lse)
-            return
-        if self._cut is None:
-            whole, whole_lse = self.finished()
-            self._cut = cutter((whole, 1), (whole_lse, 2))
-        rows, rows_lse = self._cut(piece.queries)
-        merge_(rows, rows_lse, out, lse)
-
-    def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The result and its lse."""
-        if self._found is None:
-            self._found = self._new[0](), self._new[1]()
-        return self._found
-
-    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first part, in memory that may be written over."""
-        found = tensor.to(wide(tensor.dtype))
-        overlaps = any(stride == 0 and size > 1 for stride, size in zip(found.stride(), found.shape, strict=True))
-        return found.contiguous() if overlaps else found
 
 
 @torch.library.custom_op("attn_core::ring", mutates_args=())
@@ -208,14 +165,14 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     going = Ring(prepared, key, value)
     options = {**prepared.options, **prepared.deterministic[0], "return_lse": True}
-    partial, rows = Partial(query, value), cutter((query, 1))
+    results, rows = Rows(query, value.shape[3], weighted=True), cutter((query, 1))
     for step, columns in going.chunks():
         for piece in going.pieces(step):
             hidden = options_of(piece, mask, prepared.kind.mask, prepared.key_pieces[going.source(step)])
             found = prepared.adapter.forward(*rows(piece.queries), *columns(piece.keys), **options, **hidden)
-            partial.add(piece, *found)
-    out, lse = partial.finished()
-    return out.to(query.dtype).contiguous(), lse.contiguous()  # as compiled code has been told
+            results.add(piece.queries, found)
+    out, lse = results.finished()
+    return out, lse
 
 
 @_ring.register_fake
@@ -264,25 +221,34 @@ class Gradients:
     def __init__(self, going: Ring) -> None:
         self._ring = going
         self._rooms = going.rooms(wide(going.key.dtype))
-        self._rooms[0].memory.zero_()
+        self._begun = False  # whether anything is in the first room
         self._home: Room | None = None
         self._sending: list[tuple[torch.Tensor, int]] = []
         self._receiving: list[tuple[torch.Tensor, int]] = []
         self._transfer: Transfer | None = None
 
-    def arrived(self, step: int) -> Cut:
-        """Where to add what this rank computes for the chunk that is here."""
+    def add(self, step: int, keys: Segment, *parts: torch.Tensor) -> None:
+        """Add what this rank has computed for some of the chunk that is here."""
         self._wait()
-        return self._ring.chunk(self._rooms[step % 2], step).cut
+        chunk = self._chunk(step)
+        first = step == 0 and not self._begun
+        if first and keys.length < chunk.key.shape[1]:
+            self._begin()
+            first = False
+        for whole, part in zip(chunk.cut(keys), parts, strict=True):
+            (whole.copy_ if first else whole.add_)(part)
+        self._begun = True
 
     def pass_on(self, step: int) -> None:
         """Have those of the chunk that is here go on, or home where its course ends, and those of the next come."""
         self._wait()  # where nothing was added at this step
+        if not self._begun:
+            self._begin()
         ring, last = self._ring, self._ring.course.last
         source, following = ring.source(step), self._rooms[(step + 1) % 2]
         if ring.here(step) and last[source] > 0:
             target = ring.onward if step < last[source] else source
-            self._sending.append((ring.chunk(self._rooms[step % 2], step).message, target))
+            self._sending.append((self._chunk(step).message, target))
         if step + 1 < ring.rounds and ring.here(step + 1):
             self._receiving.append((ring.chunk(following, step + 1).message, ring.source(1)))
         if last[ring.place] == step == 0 and ring.rounds > 1:  # the room is needed for others
@@ -308,6 +274,14 @@ class Gradients:
         last.start()
         self._wait()
         return self._ring.chunk(self._home or self._rooms[0], 0)
+
+    def _chunk(self, step: int) -> Chunk:
+        return self._ring.chunk(self._rooms[step % 2], step)
+
+    def _begin(self) -> None:
+        """With nothing, where the first that is computed is not for the whole chunk."""
+        self._chunk(0).message.zero_()
+        self._begun = True
 
     def _room(self, memory: torch.Tensor) -> Room:
         return Room(self._ring.key, self._ring.value, memory)
@@ -348,19 +322,18 @@ def _backward(
     options = {**prepared.options, **prepared.deterministic[1]}
     going = Ring(prepared, key, value)
     gradients = Gradients(going)
-    grad_query = torch.zeros_like(query, dtype=wide(query.dtype), memory_format=torch.contiguous_format)
-    rows, grad_rows = cutter((grad_out, 1), (query, 1)), cutter((grad_query, 1))
+    grad_query, rows = Rows(query, query.shape[3], weighted=False), cutter((grad_out, 1), (query, 1))
     results = cache(lambda part: (out[:, slice(*part)], lse[:, :, slice(*part)].contiguous()))
     for step, columns in going.chunks(gradients):
         for piece in going.pieces(step):
             hidden = options_of(piece, mask, prepared.kind.mask, prepared.key_pieces[going.source(step)])
             found = backward(*rows(piece.queries), *columns(piece.keys), *results(piece.queries), **options, **hidden)
-            sums = *grad_rows(piece.queries), *gradients.arrived(step)(piece.keys)
-            for whole, part in zip(sums, found, strict=True):
-                whole.add_(part)
+            grad_query.add(piece.queries, found[:1])
+            gradients.add(step, piece.keys, *found[1:])
         gradients.pass_on(step)
     own = gradients.own()
-    return grad_query.to(query.dtype), _as(own.key, key), _as(own.value, value)
+    (grad,) = grad_query.finished()
+    return grad, _as(own.key, key), _as(own.value, value)
 
 
 def _as(grad: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

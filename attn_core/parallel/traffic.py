@@ -69,7 +69,7 @@ def predicted_seconds(kind: Kind) -> float:
     if steps == 1:
         return exchanging + computing
     numbers = max(kind.query or (0,)) * kind.heads * kind.value_head_dim * (kind.batch or 0)
-    merging = numbers * 10 / BYTES_OF_MEMORY_A_SECOND  # reads and writes float32, reads what is merged in
+    merging = numbers * 5 / BYTES_OF_MEMORY_A_SECOND  # reads what is merged in, and a float32 sum for every three
     return exchanging + steps * (max(computing / steps, message) + merging + SECONDS_A_STEP)
 
 

@@ -19,37 +19,36 @@ def add_options(parser):
 def run(options):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, length, heads, dim = options.shape
-    out = torch.randn(batch, length, heads, dim, device=device)
-    lse, part_lse = (torch.randn(batch, heads, length, device=device) for _ in range(2))
-    part = torch.randn(batch, length, heads, dim, device=device, dtype=torch.bfloat16)
-    half = slice(length // 2, length)
+    result, *others = (drawn(options.shape, torch.bfloat16, device) for _ in range(merge.AT_ONCE + 1))
+    whole = drawn(options.shape, torch.float32, device)
     start = time.perf_counter()
-    merge.merge_(out, lse, part, part_lse)
+    merge.merge([whole, others[0]], *whole)
     if device == "cuda":
         torch.cuda.synchronize()
     first = time.perf_counter() - start
+    half = batch, length // 2, heads, dim
     rows = {
-        "all rows": (out, lse, part, part_lse),
-        "the second half": (
-            out[:, half],
-            lse[:, :, half],
-            part[:, half].contiguous(),
-            part_lse[..., half].contiguous(),
+        "one into a float32 sum": ([whole, others[0]], whole),
+        "three into a float32 sum": ([whole, *others[:3]], whole),
+        "three into the second half": (
+            [second_half(whole), *(drawn(half, torch.bfloat16, device) for _ in range(3))],
+            second_half(whole),
         ),
+        "four, to bfloat16": (others[:4], result),
     }
     results = {"device": device, "first_call_seconds": first, "rows": {}}
     for name, tensors in rows.items():
         results["rows"][name] = measured(tensors, options.tune and device == "cuda")
     table(
-        f"Merging bfloat16 into float32, {tuple(options.shape)} on {device}; the first call took {first:.2f} s",
-        ["rows", "MB moved", "copying as many, ms", "`merge_`, ms", "x", "in several passes, ms", "x", "wanted"],
+        f"Merging bfloat16 results, {tuple(options.shape)} on {device}; the first call took {first:.2f} s",
+        ["parts", "MB moved", "copying as many, ms", "`merge`, ms", "x", "in several passes, ms", "x", "wanted"],
         [
             [
                 name,
                 found["bytes"] / 1e6,
                 found["copy"],
-                found["merge_"],
-                found["merge_"] / found["copy"],
+                found["merge"],
+                found["merge"] / found["copy"],
                 found["several passes"],
                 found["several passes"] / found["copy"],
                 1.25,
@@ -64,33 +63,48 @@ def run(options):
     keep(options.json, "merge", results)
 
 
+def drawn(shape, dtype, device):
+    """A result and its lse."""
+    batch, length, heads, _ = shape
+    return torch.randn(shape, device=device, dtype=dtype), torch.randn(batch, heads, length, device=device)
+
+
+def second_half(part):
+    """The later rows of a result and its lse."""
+    out, lse = part
+    return out[:, out.shape[1] // 2 :], lse[:, :, out.shape[1] // 2 :]
+
+
 def measured(tensors, tune):
     """Milliseconds by form, and of a copy that moves as many bytes, half of them read and half written."""
-    out, lse, part, part_lse = tensors
-    moved = 2 * size(out) + 2 * size(lse) + size(part) + size(part_lse)
+    parts, (out, lse) = tensors
+    moved = sum(tensor.numel() * tensor.element_size() for part in (*parts, (out, lse)) for tensor in part)
     source = torch.empty(moved // 2, dtype=torch.uint8, device=out.device).random_()
     target = torch.empty_like(source)
     functions = {
         "copy": lambda: target.copy_(source),
-        "merge_": lambda: merge.merge_(*tensors),
-        "several passes": lambda: merge._eager(*tensors),
+        "merge": lambda: merge.merge(parts, out, lse),
+        "several passes": lambda: in_several_passes(parts, out, lse),
     }
     if tune:
-        functions |= {f"rows={count}": _with_rows(tensors, count) for count in (2, 4, 8, 16, 32)}
+        functions |= {f"rows={count}": _with_rows(parts, out, lse, count) for count in (2, 4, 8, 16, 32)}
     found = milliseconds(functions, rounds=25, calls=10 if out.is_cuda else 1)
     return {"bytes": moved, **found}
 
 
-def size(tensor):
-    return tensor.numel() * tensor.element_size()
+def in_several_passes(parts, out, lse):
+    """The form without the kernel."""
+    kept, merge._fused_for = merge._fused_for, lambda _: None
+    merge.merge(parts, out, lse)
+    merge._fused_for = kept
 
 
-def _with_rows(tensors, count):
+def _with_rows(parts, out, lse, count):
     from attn_core.parallel import fused
 
     def merged():
         kept, fused.ROWS = fused.ROWS, count
-        fused.merge_(*tensors)
+        fused.merge(parts, out, lse)
         fused.ROWS = kept
 
     return merged
