@@ -83,8 +83,8 @@ def refusals(spec: BackendSpec, facts: Facts) -> list[str]:
     found = []
     for alternative in spec.alternatives:
         libraries = map(requirements.library_reason, alternative.libraries(facts))
-        found.append([*alternative.reasons(facts), *filter(None, libraries)])
-    return found[0] if len(found) == 1 else spec.closest(facts, found)
+        found.append((alternative.reasons(facts), [reason for reason in libraries if reason]))
+    return spec.closest(facts, found)
 
 
 def admitting(facts: Facts, *, besides: Row) -> list[str]:

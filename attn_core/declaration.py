@@ -737,10 +737,18 @@ class BackendSpec:
         """Why a call with these facts is refused, from the alternative that comes closest; empty if one admits it."""
         if facts.compiled and isinstance(self.compile, No):
             return [f"torch.compile: not supported: {self.compile}"]
-        return self.closest(facts, [item.reasons(facts) for item in self.alternatives])
+        return self.closest(facts, [(item.reasons(facts), []) for item in self.alternatives])
 
-    def closest(self, facts: Facts, reasons: Sequence[list[str]]) -> list[str]:
-        """Of the reasons of each alternative, those of the one that comes closest: for this device first, then the fewest."""
+    def closest(self, facts: Facts, reasons: Sequence[tuple[list[str], list[str]]]) -> list[str]:
+        """Of the reasons of each alternative, by facts and by libraries, those of the one that comes closest.
+
+        One for this device comes first, then one for the libraries that are here, then the one with the fewest.
+        """
         place = facts.platform, facts.compute_capability
-        ranked = zip(self.alternatives, reasons, strict=True)
-        return min(ranked, key=lambda item: (not item[0].is_for(*place), len(item[1])))[1]
+
+        def distance(item: tuple[Constraints, tuple[list[str], list[str]]]) -> tuple[bool, bool, int]:
+            alternative, (by_facts, by_libraries) = item
+            return not alternative.is_for(*place), bool(by_libraries), len(by_facts)
+
+        _, (by_facts, by_libraries) = min(zip(self.alternatives, reasons, strict=True), key=distance)
+        return by_facts + by_libraries
