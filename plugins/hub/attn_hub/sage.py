@@ -6,5 +6,6 @@ from attn_hub.fetching import loaded
 from attn_sage.adapting import Kernel, adapted
 
 forward = adapted(
-    Kernel("sage_hub", loaded("sage_hub").sageattn, 128, chooses_granularity=False, smooths=True), "attn_hub"
+    Kernel("sage_hub", loaded("sage_hub").sageattn, 128, chooses_granularity=False, smooths=True, float8=True),
+    "attn_hub",
 )

@@ -7,6 +7,9 @@ key; the log-sum-exp natural, (B, Hq, Sq), float32. What is mended here, all of 
   that: hidden keys are seen. So they get no causal call, and lengths that blocks divide; a missing key then has a
   score of 0 for certain, and is taken out again as in ``first``;
 - its CUDA kernels look for the largest score before they multiply by the scale, and so need a positive one;
+- its Triton kernel with causal reads the scale of a block that is not there, as ``first`` has it;
+- its CUDA kernels launch on the default stream, whichever is current; see ``inputs.on_default_stream``;
+- its float8 kernels divide by the largest number of a channel of the values, and make NaN of a channel of zeros;
 - what smoothing the keys took from the log-sum-exp it adds in query's dtype, which is off by a share of a number that may be
   large; here the keys are smoothed beforehand, and it is added in float32;
 - NaN in query or key becomes 0; see ``inputs.smooth``.
@@ -14,18 +17,22 @@ key; the log-sum-exp natural, (B, Hq, Sq), float32. What is mended here, all of 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from attn_core.masks import traced
-from attn_sage.inputs import check_sizes, divide, on_device, padded, share_of, smooth
+from attn_sage.inputs import check_sizes, divide, on_default_stream, on_device, padded, share_of, smooth
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from attn_core.masks import KeyPadding
+
+
+SILENT = 1e-35
+"""A channel of values up to here counts as zero: float8's scale can't be the largest number over it."""
 
 
 class Kernel(NamedTuple):
@@ -37,6 +44,8 @@ class Kernel(NamedTuple):
         block: to a multiple of which keys are padded; 1 where the kernel hides what is missing.
         chooses_granularity: whether it takes ``qk_quant_gran``.
         smooths: whether it smooths keys by itself whatever it is told; of smooth ones that takes nothing.
+        cuda: whether it launches CUDA kernels of its own, not Triton's.
+        float8: whether values become float8.
     """
 
     name: str
@@ -44,6 +53,8 @@ class Kernel(NamedTuple):
     block: int
     chooses_granularity: bool = True
     smooths: bool = False
+    cuda: bool = True
+    float8: bool = False
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, return_lse: bool
@@ -56,7 +67,11 @@ class Kernel(NamedTuple):
             query, key, value, tensor_layout="NHD", is_causal=causal, sm_scale=scale, return_lse=return_lse, **options
         )
         out, lse = found if return_lse else (found, query.new_empty(0, dtype=torch.float32))
-        return out.contiguous(), lse  # of a padded head dim it returns a slice
+        out = out.contiguous()  # of a padded head dim it returns a slice
+        if self.float8:
+            silent = torch.linalg.vector_norm(value, float("inf"), dim=1) <= SILENT
+            out.unflatten(2, (key.shape[2], -1)).masked_fill_(silent[:, None, :, None], 0.0)
+        return out, lse
 
 
 @cache
@@ -73,24 +88,42 @@ def _attend(
     scale: float,
     causal: bool,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     check_sizes(kernel.name, query, key, value)
     with on_device(query), torch.no_grad():
-        smoothed = smooth(query, key, keep)
-        taken = _taken(query, smoothed.mean) * scale if return_lse else None
-        if scale < 0:
-            query, scale = -query, -scale
-        inputs = padded(kernel.block, query, smoothed.key, value, keep)
-        out, lse = kernel(*inputs, scale, causal, return_lse)
+        compute = partial(_computed, kernel, query, key, value, keep, scale, causal, return_lse)
+        return on_default_stream(kernel.name, query, compute) if kernel.cuda else compute()
+
+
+def _computed(
+    kernel: Kernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    smoothed = smooth(query, key, keep)
+    taken = _taken(query, smoothed.mean) * scale if return_lse else None
+    if scale < 0:
+        query, scale = -query, -scale
+    inputs = padded(kernel.block, query, smoothed.key, value, keep, causal=causal)
+    out, lse = kernel(*inputs, scale, causal, return_lse)
+    share = None
+    if causal:
+        out, lse = out[:, : query.shape[1]].contiguous(), lse[..., : query.shape[1]].contiguous()
+    else:
         share = share_of(inputs[2], key.shape[1], keep, lambda ones: kernel(*inputs[:2], ones, scale, causal, False)[0])
-        if share is not None:
-            out = divide(out, share)
-            lse = lse + share[..., 0].transpose(1, 2).float().log() if return_lse else lse
-        if kernel.smooths:  # and so takes away what ``smooth`` put there
-            nothing = smoothed.nothing.sum(-1)[:, None, :, None, None]
-            out.unflatten(2, (key.shape[2], -1)).add_(nothing)
-        if taken is not None:
-            lse = lse + taken
+    if share is not None:
+        out = divide(out, share)
+        lse = lse + share[..., 0].transpose(1, 2).float().log() if return_lse else lse
+    if kernel.smooths:  # and so takes away what ``smooth`` put there
+        nothing = smoothed.nothing.sum(-1)[:, None, :, None, None]
+        out.unflatten(2, (key.shape[2], -1)).add_(nothing)
+    if taken is not None:
+        lse = lse + taken
     return out, lse
 
 
@@ -112,7 +145,8 @@ def adapted(kernel: Kernel, operators: str) -> Callable[..., Any]:
         causal: bool,
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _attend(kernel, query, key, value, keep, scale, causal, return_lse)
+        out, lse = _attend(kernel, query, key, value, keep, scale, causal, return_lse)
+        return out, lse
 
     operator = torch.library.custom_op(f"{operators}::{kernel.name}", attend, mutates_args=())
 

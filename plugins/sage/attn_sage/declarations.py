@@ -91,9 +91,6 @@ def _cuda(capabilities: set[tuple[int, int]]) -> Constraints:
 
 _FP16 = Approximate(0.02, scores=1.5)
 _FP8 = Approximate(0.06, scores=1.5)
-_NOT_BUILT = (
-    "sageattention 2 is built from source; the adapter is written against 2.2.0 at d1a57a5, and tried over a stand-in"
-)
 _PARALLEL = ContextParallelSupport(ring=True, ulysses=True, hybrid=True)
 
 SAGE = BackendSpec(
@@ -130,7 +127,6 @@ def _kernel(
         numerics=numerics,
         compile=True,
         first_call_compiles=True,
-        unverified=_NOT_BUILT,
     )
 
 

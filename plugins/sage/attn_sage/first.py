@@ -1,11 +1,13 @@
 """sageattention 1: one Triton kernel, which returns no log-sum-exp.
 
-Three things of version 1.0.6 that are mended here (all of them seen in its source):
+Four things of version 1.0.6 that are mended here (all of them seen in its source):
 
 - it subtracts the mean from the caller's key in place; here it is given a smoothed copy and told not to smooth;
 - without causal it reads keys in blocks of 64 and counts the missing ones of the last block with a score of 0, so that the
   results of other lengths are too small. They are divided by the share of the real ones, see ``inputs.share_of``. Key
   padding comes from the same: hidden keys are made 0, and taken out again;
+- with causal it reads the scale of a block of keys that is not there, where the last 128 keys are 64 or fewer: NaN, if what
+  lies there is not finite. So queries and keys are added, see ``inputs.padded``;
 - NaN in query or key becomes 0; see ``inputs.smooth``.
 """
 
@@ -59,8 +61,10 @@ def _attend(
 ) -> torch.Tensor:
     check_sizes(NAME, query, key, value)
     with on_device(query), torch.no_grad():
-        inputs = padded(1 if causal else BLOCK, query, smooth(query, key, keep).key, value, keep)
+        inputs = padded(BLOCK, query, smooth(query, key, keep).key, value, keep, causal=causal)
         out = _kernel(*inputs, scale, causal)
+        if causal:
+            return out[:, : query.shape[1]].contiguous()
         share = share_of(inputs[2], key.shape[1], keep, lambda ones: _kernel(*inputs[:2], ones, scale, causal))
         if share is not None:
             out = divide(out, share)

@@ -15,10 +15,43 @@ if TYPE_CHECKING:
 
 GRID = 65_535
 """The largest second and third dimension of a CUDA grid; batch and heads go there."""
+DIAGONAL = 128
+"""The Triton kernels go along the diagonal in steps of so many queries and keys, two blocks of keys each."""
 OFFSETS = 2**31
 """The kernels count the numbers of a tensor in 32 bits."""
 NEGLIGIBLE = 1e-3
 """The share of missing keys that is left as it is; a twentieth of the error that int8 scores make."""
+
+
+def on_default_stream(
+    name: str, tensor: torch.Tensor, compute: Callable[[], tuple[torch.Tensor, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """Have what launches on the default stream, whichever is current, take its place among what the current stream does.
+
+    Args:
+        name: of the backend.
+        tensor: for the device.
+        compute: what launches; its results are for the current stream.
+
+    Raises:
+        CallRefused: a CUDA graph is being captured, and would not hold these launches.
+    """
+    current = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+    if current is None or current == (default := torch.cuda.default_stream(tensor.device)):
+        return compute()
+    if torch.cuda.is_current_stream_capturing():
+        msg = (
+            f"{name} refused the call: sageattention 2 launches its CUDA kernels on the default stream, and a CUDA graph does "
+            "not hold what happens there. Next: call it outside the capture, or name sage_fp16_triton or another backend"
+        )
+        raise CallRefused(msg)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        results = compute()
+    current.wait_stream(default)
+    for result in results:
+        result.record_stream(current)
+    return results
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
@@ -92,10 +125,24 @@ def hide(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 def padded(
-    block: int, query: torch.Tensor, smoothed: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None = None
+    block: int,
+    query: torch.Tensor,
+    smoothed: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inputs with keys and values of 0 up to a multiple of ``block``, laid out as the kernels insist on."""
+    """The inputs with keys and values of 0 up to a multiple of ``block``, laid out as the kernels insist on.
+
+    With causal, which needs queries and keys of one length and hides what is added: both up to a multiple of ``DIAGONAL``
+    where the last block of keys would not be there.
+    """
     missing = -smoothed.shape[1] % block
+    if causal:
+        last = smoothed.shape[1] % DIAGONAL
+        missing = DIAGONAL - last if 0 < last <= DIAGONAL // 2 else 0
+        query = pad(query, (0, 0, 0, 0, 0, missing)) if missing else query
     value = value if keep is None else hide(value, keep)
     if missing:
         smoothed, value = pad(smoothed, (0, 0, 0, 0, 0, missing)), pad(value, (0, 0, 0, 0, 0, missing))

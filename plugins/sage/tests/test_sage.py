@@ -13,7 +13,7 @@ import sageattention_first
 import sageattention_second
 import torch
 
-from attn_core import KeyPadding
+from attn_core import KeyPadding, admission, requirements
 from attn_core.errors import CallRefused
 from attn_core.facts import Facts
 from attn_core.testing import reference
@@ -113,6 +113,28 @@ def test_a_sequence_of_padding_alone_is_zero_and_its_neighbours_are_not(forward)
     out = forward(query, key, value, scale=0.125, attn_mask=KeyPadding(keep))
     assert not out[0].any()
     assert out[1].any()
+
+
+@pytest.mark.parametrize("forward", [second.automatic, second.fp8_cuda, second.fp8_sm90])
+def test_a_channel_of_zeros_stays_zero_in_float8(forward):
+    query, key, value = tensors(keys=128)
+    value[0, :, 1, 5] = 0.0
+    by_itself = sageattention_second.sageattn_qk_int8_pv_fp8_cuda(query, key, value, tensor_layout="NHD")
+    assert by_itself[0, :, 1, 5].isnan().all()
+    out = forward(query, key, value, scale=0.125)
+    assert not out[0, :, 1, 5].any()
+    assert off(out, reference(query, key, value)[0]) < 0.06
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 192, 200])
+def test_causal_reads_no_scale_of_a_block_that_is_not_there(length):
+    query, key, value = tensors(length)
+    expected, expected_lse = reference(query, key, value, causal=True)
+    assert off(first.forward(query, key, value, scale=64**-0.5, causal=True), expected) < 0.02
+    out, lse = second.fp16_triton(query, key, value, scale=64**-0.5, causal=True, return_lse=True)
+    assert off(out, expected) < 0.02
+    assert lse.shape == expected_lse.shape
+    assert (lse.double() - expected_lse).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("forward", [first.forward, second.automatic, second.fp16_cuda])
@@ -232,6 +254,15 @@ def test_a_sageattention_that_does_not_load_gives_its_reason_and_breaks_nothing_
     with pytest.raises(BackendNotUsable, match="backend sage is broken: .*No module named 'triton'"):
         loading.load(declarations.SAGE)
     assert "native_math" in {row.name for row in __import__("attn_core").list_backends()}
+
+
+def test_a_refusal_is_that_of_the_version_that_is_installed(monkeypatch):
+    facts = Facts(platform="cuda", compute_capability=(9, 0), dtype="float16", causal=True)
+    monkeypatch.setattr(
+        requirements, "library_reason", lambda library: "another version" if "<2" in str(library) else None
+    )
+    reasons = admission.refusals(declarations.SAGE, facts)
+    assert "quantisation steps" in reasons[0]
 
 
 @pytest.mark.parametrize(("stand_in", "uses"), [("sageattention_first", "first"), ("sageattention_second", "second")])

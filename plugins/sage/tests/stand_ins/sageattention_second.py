@@ -3,7 +3,8 @@
 What its source does: rows are rounded to int8 in groups (here of 32 queries and of a whole block of keys), NaN becoming 0; the
 Triton kernel has the scale in its scores and hides keys by -inf, the CUDA ones hide them by -5,000,000 steps and multiply by
 the scale after they have found the largest; probabilities and values are float16, or float8 with a scale for each channel
-of the values; the log-sum-exp has base 2 inside, and what smoothing took is added to it in query's dtype.
+of the values, NaN where a channel is all zeros; the log-sum-exp has base 2 inside, and what smoothing took is added to it in
+query's dtype.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ def attend(q, k, v, tensor_layout, is_causal, sm_scale, smooth_k, return_lse, bl
         (weights * 2**OFFSET_FP8).to(torch.float8_e4m3fn).float() / 2**OFFSET_FP8 if fp8 else weights.half().float()
     )
     out = ((rounded @ v) / total * v_scale).to(dtype)
+    if (
+        is_causal and not in_steps and 0 < keys % 128 <= 64
+    ):  # the scale of a block that is not there, which may be anything
+        out = torch.full_like(out, torch.nan)
     out = out.transpose(1, 2).contiguous() if tensor_layout == "NHD" else out
     lse = (total.log2() + best).squeeze(-1) / LOG2_E + (taken * scale if smooth_k else 0)
     return (out, lse) if return_lse else out
@@ -104,4 +109,4 @@ def values(v, *, fp8):
         return v.half().float(), 1.0
     v = v.float()
     scale = v.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(2, keepdim=True) / LARGEST_FP8
-    return (v / scale.clamp(min=1e-30)).to(torch.float8_e4m3fn).float(), scale
+    return (v / scale).to(torch.float8_e4m3fn).float(), scale  # NaN for a channel of zeros
