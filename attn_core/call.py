@@ -364,7 +364,8 @@ def _compiled_kind(admitted: Admitted, call: Call, query: torch.Tensor) -> warmi
 
 def _runner(admitted: Admitted, call: Call, compiled: warming.Kind | None) -> Callable[..., Any]:
     adapter = admitted.adapter if compiled is None else warming.watched(admitted.adapter, compiled)
-    return runner(admitted.row.name, adapter, call, own_graph=admitted.own_graph)
+    once = admitted.spec.no_double_backward(call.facts) if admitted.own_graph else None
+    return runner(admitted.row.name, adapter, call, own_graph=admitted.own_graph, once=once)
 
 
 def resolve(query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> tuple[Admitted, Call]:

@@ -739,6 +739,11 @@ class BackendSpec:
             return [f"torch.compile: not supported: {self.compile}"]
         return self.closest(facts, [(item.reasons(facts), []) for item in self.alternatives])
 
+    def no_double_backward(self, facts: Facts) -> No | None:
+        """Why a call has no gradient of its gradient; None where an alternative that admits the call declares one."""
+        admitting = [item.double_backward for item in self.alternatives if not item.reasons(facts)]
+        return next((item for item in admitting if isinstance(item, No)), None) if not any(admitting) else None
+
     def closest(self, facts: Facts, reasons: Sequence[tuple[list[str], list[str]]]) -> list[str]:
         """Of the reasons of each alternative, by facts and by libraries, those of the one that comes closest.
 

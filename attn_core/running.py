@@ -14,6 +14,7 @@ from attn_core.reading import cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from attn_core.declaration import No
     from attn_core.loading import Adapter
     from attn_core.reading import Call
 
@@ -22,7 +23,7 @@ class KernelError(AttnError):
     """A kernel returned something other than what its declaration promises."""
 
 
-def runner(name: str, adapter: Adapter, call: Call, *, own_graph: bool) -> Callable[..., Any]:
+def runner(name: str, adapter: Adapter, call: Call, *, own_graph: bool, once: No | None = None) -> Callable[..., Any]:
     """Make the function of (query, key, value, **options) that computes calls of this kind.
 
     Args:
@@ -30,6 +31,7 @@ def runner(name: str, adapter: Adapter, call: Call, *, own_graph: bool) -> Calla
         adapter: its loaded functions.
         call: a call of the kind.
         own_graph: whether the adapter's result carries its graph; otherwise the core makes one from its backward.
+        once: why an own graph has no gradient of the gradient, if it has none.
     """
     facts = call.facts
     run: Callable[..., Any] = adapter.forward
@@ -39,6 +41,8 @@ def runner(name: str, adapter: Adapter, call: Call, *, own_graph: bool) -> Calla
         run = partial(with_backward, adapter)
     elif facts.backward:
         run = partial(_checked_graph, name, run)
+        if once is not None and not (call.facts.compiled or call.facts.vmap):
+            run = partial(_once_differentiable, partial(_refuse_second, name, once), run, {})
     if facts.backward and facts.return_lse:
         run = partial(_detached_lse, run)
     if call.autocast is not None:
@@ -76,6 +80,47 @@ def _checked_graph(name: str, run: Callable[..., Any], query: Any, key: Any, val
         )
         raise KernelError(msg)
     return result
+
+
+def _once_differentiable(
+    refuse: Callable[[torch.Tensor], None], run: Callable[..., Any], seen: dict[str, bool], *given: Any, **options: Any
+) -> Any:
+    """Refuse a gradient of the gradient where Python computes the first one: it may be differentiable, and wrong.
+
+    torch's own kernels refuse it themselves, where it is used and not before, and pay nothing here: ``seen`` keeps whether
+    there is Python in the graphs of this kind.
+    """
+    result = run(*given, **options)
+    out = result[0] if type(result) is tuple else result
+    if "python" not in seen:
+        inputs = [tensor for tensor in (*given, options.get("attn_mask")) if isinstance(tensor, torch.Tensor)]
+        seen["python"] = _has_python(out.grad_fn, inputs)
+    if seen["python"]:
+        out.register_hook(refuse)
+    return result
+
+
+def _has_python(node: Any, inputs: list[torch.Tensor]) -> bool:
+    """Whether a node written in Python lies between a result and its inputs."""
+    nodes, known = [node], {tensor.grad_fn for tensor in inputs}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def _refuse_second(name: str, reason: No, _: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        msg = (
+            f"{name} refused the backward: a gradient of the gradient (create_graph=True) is not supported: {reason}. "
+            "Next: use a backend that declares double_backward, as native_math does"
+        )
+        raise CallRefused(msg)
 
 
 def _detached_lse(run: Callable[..., Any], query: Any, key: Any, value: Any, **options: Any) -> Any:
