@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import contextmanager
 
 import torch
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attn_core import attention, plan, set_backend
@@ -79,6 +81,30 @@ def tiny_calls():
     print("CPU cost of a tiny call, microseconds")
     for name, taken in found.items():
         print(f"  {name:<36}{taken:8.1f}   {taken / found['SDPA']:5.2f} x SDPA")
+    print("\nThe same beside SDPA with all other kernels switched off in the process, so that it has this one")
+    for name in KERNELS:
+        with only(name), torch.no_grad():
+            pair = cpu_microseconds({"SDPA": functions["SDPA"], name: functions[name]})
+        print(f"  {name:<36}{pair[name]:8.1f} over {pair['SDPA']:6.1f}   {pair[name] / pair['SDPA']:5.2f} x SDPA")
+
+
+@contextmanager
+def only(name):
+    """Have SDPA one kernel to choose from, by torch's switches; attn's named backends do not ask them."""
+    switches = {
+        "native_flash": (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        "native_efficient": (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+        "native_cudnn": (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+        "math": (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    }
+    before = {other: enabled() for other, (enabled, _) in switches.items()}
+    for other, (_, enable) in switches.items():
+        enable(other == name)
+    try:
+        yield
+    finally:
+        for other, (_, enable) in switches.items():
+            enable(before[other])
 
 
 def model_shapes():
