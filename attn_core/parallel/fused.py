@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from attn_core.parallel.merge import Part
 
-ROWS = 8
+ROWS = 16
 
 # Triton's interpreter has one place for the number of the running program.
 _alone: AbstractContextManager[Any] = Lock() if os.environ.get("TRITON_INTERPRET") == "1" else nullcontext()
