@@ -158,3 +158,5 @@ def benchmarks(session: nox.Session) -> None:
     prepare(session, "benchmarks", example=False)
     for name in ("dispatch", "startup", "memory"):
         session.run("python", ROOT / "benchmarks" / f"{name}.py")
+    for section in ("bytes", "step", "seed"):
+        session.run("python", ROOT / "benchmarks" / "parallel", section)
