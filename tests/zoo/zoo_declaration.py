@@ -46,6 +46,7 @@ def narrow(whole, limits):
 
 @hookimpl
 def attn_backends():
+    import zoo_corners  # noqa: F401 (it adds to the lies)
     import zoo_kernels
     import zoo_surroundings  # noqa: F401 (it adds to the lies)
 

@@ -21,7 +21,7 @@ from attn_core.testing.fresh import left_by_first_call
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.subject import Subject
 from attn_core.testing.surroundings import ONE_HALF, OTHER_HALF, USUAL, left_by
-from attn_core.testing.trying import made, reference_of, steps_of, tried, within
+from attn_core.testing.trying import hold, made, reference_of, results_and_gradients, steps_of, tried, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,14 +205,35 @@ def _kept_inputs(subject: Subject, case: Case) -> list[str]:
     return [name for name, reference in watched.items() if reference() is not None]
 
 
+DESCRIBED = ("key_padding", "packed")
+
+
 @check("copied-masks")
 def copied_masks(subject: Subject) -> str:
-    """Two described masks of equal shape, used in turn, are not taken for one another."""
-    cases = subject.draw(6, "causal", "dtype", each=[{"mask": kind} for kind in ("key_padding", "packed")])
-    cases = [case for case in cases if case.mask in ("key_padding", "packed")]
+    """Described masks of equal shape, used in turn, are not taken for one another; one may be used beside other options."""
+    cases = subject.draw(6, "causal", "dtype", each=[{"mask": kind} for kind in DESCRIBED])
+    cases = [case for case in cases if case.mask in DESCRIBED]
     for case in cases:
         first, second = made(case), made(case, seed=case.seed + 3)
         for built in (first, second, first):
             if isinstance(built.options.get("attn_mask"), Description):
                 _compare(subject, case, built, "two masks in turn")
-    return f"{3 * len(cases)} calls" if cases else "it declares no described mask"
+    again = _use_again(subject) if cases else 0
+    return f"{3 * len(cases)} calls, {again} of masks used again" if cases else "it declares no described mask"
+
+
+def _use_again(subject: Subject) -> int:
+    """Use one description for calls of other options, dtypes, heads and numbers of queries; how many there were."""
+    lengths: tuple[dict[str, Any], ...] = ({"queries": 16, "keys": 16}, {"queries": 5, "keys": 16})
+    each = subject.admitted({"mask": kind, **item} for kind in DESCRIBED for item in lengths)
+    varied = ("causal", "window_size", "dtype", "heads", "softcap", "gradients", "return_lse")
+    cases = subject.draw(6 * len(each), *varied, each=each, where=lambda case: case.mask in DESCRIBED)
+    kept: dict[tuple[torch.Size, ...], Any] = {}
+    for case in cases:
+        built = case.build()
+        shapes = [tensor.shape for name, tensor in built.inputs().items() if name not in ALL]
+        ends = (built.query.shape[1:2], built.key.shape[1:2]) if case.mask == "packed" else ()
+        own = built.options["attn_mask"]
+        built.options["attn_mask"] = kept.setdefault((*shapes, *ends), own)
+        hold(subject, case, results_and_gradients(subject, case, built), "of a mask that was used before", built)
+    return len(cases)
