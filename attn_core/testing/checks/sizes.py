@@ -88,7 +88,8 @@ def batch(subject: Subject) -> str:
         for batch, heads in ((1, 1), (5, 1), (1, 5), (3, 7), (9, 2))
         for lengths in ({}, {"queries": 9, "keys": 530}, {"queries": 140, "keys": 400})
     ]
-    return subject.hold(subject.draw(15, "dtype", "mask", "return_lse", "gradients", each=each))
+    each += subject.admitted({"batch": 1, "heads": (heads, heads)} for heads in (17, 32))
+    return subject.hold(subject.draw(len(each), "dtype", "mask", "return_lse", "gradients", each=each))
 
 
 @check("many-heads")
