@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from zoo_kernels import honest, lie
+from zoo_kernels import honest, honest_backward, lie, with_out
 
 from attn_core import KeyPadding, Packed
 from attn_core.masks import visible_mask
@@ -53,3 +55,68 @@ def packed_prepared_for_the_first_diagonal(
 ):
     sight = _prepared(Packed, query, key, attn_mask, causal, window_size)
     return honest(query, key, value, **sight, **options)
+
+
+# --- compiled code ----------------------------------------------------------------------------------------------------------
+
+
+def forgotten_by_the_compiled_backward(option):
+    def kernel(grad_out, query, key, value, out, lse, **options):
+        if torch.compiler.is_compiling():
+            options.pop(option, None)
+        return honest_backward(grad_out, query, key, value, out, lse, **options)
+
+    kernel.__name__ = f"{option}_forgotten_by_the_compiled_backward"
+    return lie("compile")(kernel)
+
+
+for option in ("window_size", "softcap", "causal"):
+    forgotten_by_the_compiled_backward(option)
+
+
+@lie("compile")
+def causal_from_the_top_left_when_compiled(query, key, value, *, attn_mask=None, causal=False, **options):
+    if torch.compiler.is_compiling() and causal and attn_mask is None and query.shape[1] != key.shape[1]:
+        causal, attn_mask = False, torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril()[None, None]
+    return honest(query, key, value, attn_mask=attn_mask, causal=causal, **options)
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@lie("batch")
+def heads_beyond_the_sixteenth_left_out(query, key, value, **options):
+    def zeroed(out):
+        return out * (torch.arange(out.shape[2], device=out.device) < 16)[:, None].to(out.dtype)
+
+    return with_out(partial(honest, query, key, value, **options), zeroed)
+
+
+@lie("gqa")
+def key_heads_of_wide_groups_beyond_the_first_left_out(query, key, value, **options):
+    if query.shape[2] // key.shape[2] > 4 and key.shape[2] > 1:
+        key, value = (tensor[:, :, :1].expand_as(tensor) for tensor in (key, value))
+    return honest(query, key, value, **options)
+
+
+# --- declared to be deterministic --------------------------------------------------------------------------------------------
+
+
+@lie("deterministic")
+def parts_of_many_keys_added_up_as_they_come(query, key, value, **options):
+    plain = not options.keys() & {"attn_mask", "causal", "window_size"}
+    if plain and key.shape[1] > 1024:
+        order = torch.randperm(key.shape[1])
+        key, value = key[:, order], value[:, order]
+    return honest(query, key, value, **options)
+
+
+@lie("deterministic")
+def parts_of_many_queries_added_up_as_they_come_backward(grad_out, query, key, value, out, lse, **options):
+    plain = not options.keys() & {"attn_mask", "causal", "window_size"}
+    if not plain or query.shape[1] <= 512:
+        return honest_backward(grad_out, query, key, value, out, lse, **options)
+    order = torch.randperm(query.shape[1])
+    rows = (tensor[:, order] for tensor in (grad_out, query))
+    grads = honest_backward(*rows, key, value, out[:, order], lse[:, :, order], **options)
+    return (grads[0][:, order.argsort()], *grads[1:])
