@@ -36,7 +36,7 @@ FORMS: dict[str, tuple[dict[str, Any], ...]] = {
     "packed": ({"batch": 1},),
     "bool": (*_DENSE, {"mask_hides": "everything"}, {"mask_hides": "nothing"}),
     "float": (
-        *_DENSE, {"mask_hides": "far"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"},
+        *_DENSE, {"mask_hides": "far"}, {"mask_hides": "large"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"},
         {"mask_dtype": "float32", "dtype": "float16", "return_lse": True},  # of rounding the mask the lse alone tells
         {"mask_dtype": "float32", "dtype": "bfloat16"},
     ),
