@@ -17,6 +17,7 @@ from attn_core.guard import Raised, attempt
 from attn_core.masks import Description
 from attn_core.probe import devices
 from attn_core.testing.checking import check
+from attn_core.testing.comparing import expectations
 from attn_core.testing.fresh import left_by_first_call
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.subject import Subject
@@ -24,13 +25,13 @@ from attn_core.testing.surroundings import ONE_HALF, OTHER_HALF, USUAL, left_by
 from attn_core.testing.trying import hold, made, reference_of, results_and_gradients, steps_of, tried, within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
 
 ALL = ("query", "key", "value")
-THREADS = 6
+THREADS = 8
 ROUNDS = 6
 
 
@@ -100,23 +101,25 @@ def other_devices(subject: Subject) -> str:
 
 @check("threads")
 def threads(subject: Subject) -> str:
-    """Several threads call at once, each with tensors and options of its own."""
-    varied = ("dtype", "mask", "scale", "causal", "heads", "return_lse")
+    """Several threads call at once, and go backward, each with tensors and options of its own."""
+    varied = ("dtype", "mask", "scale", "causal", "heads", "return_lse", "gradients")
     lengths = [{"queries": length, "keys": None} for length in (16, *range(40, 51))]
-    cases = subject.draw(2, each=[{"scale": 0.3}, {"scale": 2.0}])[:2]  # which differ in nothing else
+    cases = []
+    for names in ((), ALL):  # two that differ in nothing else
+        cases += subject.draw(2, each=[{"scale": scale, "gradients": names} for scale in (0.3, 2.0)])[:2]
     cases = [*cases, *subject.draw(THREADS, *varied, each=lengths)][:THREADS]
-    work = [(case, made(case)) for case in cases]
-    prepared = [(case, built, *reference_of(built, case)) for case, built in work]
-    for _, built in work:
-        tried(subject, built)  # what compiles at the first call has done so
+    prepared = []
+    for case in cases:
+        built = case.build()
+        found = results_and_gradients(subject, case, built)  # what compiles at the first call has done so
+        prepared.append((case, built, expectations(case, built, found)))
     barrier = Barrier(len(prepared))
 
-    def run(case: Case, built: Built, expected: Any, allowed: Any) -> None:
+    def run(case: Case, built: Built, expected: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         barrier.wait(timeout=60)
         for _ in range(ROUNDS):
-            found = tried(subject, built)
-            for name, result in zip(("out", "lse"), found or (), strict=False):
-                within(result, expected[name], allowed[name], subject, f"{name}, with other threads calling,", case)
+            for name, result in results_and_gradients(subject, case, built).items():
+                within(result, *expected[name], subject, f"{name}, with other threads calling,", case)
 
     raised = _in_threads([partial(run, *item) for item in prepared])
     if raised:
