@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
+from math import log
 
 import torch
 from zoo_kernels import honest, honest_backward, lie, with_out
@@ -57,6 +59,23 @@ def packed_prepared_for_the_first_diagonal(
     return honest(query, key, value, **sight, **options)
 
 
+@lie("masks[packed]")
+def keys_of_documents_end_where_their_queries_do(query, key, value, *, attn_mask=None, **options):
+    if isinstance(attn_mask, Packed) and query.shape[1] == key.shape[1]:
+        attn_mask = Packed(attn_mask.cu_seqlens_q)
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("masks[float]")
+def maximum_taken_before_the_bias(query, key, value, *, attn_mask=None, return_lse=False, **options):
+    out, lse = honest(query, key, value, attn_mask=attn_mask, return_lse=True, **options)
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool and query.dtype != torch.float64:
+        _, without = honest(query, key, value, attn_mask=attn_mask != -torch.inf, return_lse=True, **options)
+        overflown = lse - without > log(torch.finfo(torch.float32).max)
+        out = out.masked_fill(overflown.mT[..., None], torch.nan)
+    return (out, lse) if return_lse else out
+
+
 # --- compiled code ----------------------------------------------------------------------------------------------------------
 
 
@@ -79,6 +98,18 @@ def causal_from_the_top_left_when_compiled(query, key, value, *, attn_mask=None,
     if torch.compiler.is_compiling() and causal and attn_mask is None and query.shape[1] != key.shape[1]:
         causal, attn_mask = False, torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril()[None, None]
     return honest(query, key, value, attn_mask=attn_mask, causal=causal, **options)
+
+
+# --- threads --------------------------------------------------------------------------------------------------------------
+
+_scratch = {}
+
+
+@lie("threads")
+def state_of_the_backward_shared_between_threads_backward(grad_out, query, key, value, out, lse, *, scale, **options):
+    _scratch["scale"] = scale
+    time.sleep(0.001)
+    return honest_backward(grad_out, query, key, value, out, lse, scale=_scratch["scale"], **options)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------------
