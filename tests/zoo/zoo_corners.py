@@ -7,7 +7,7 @@ from functools import partial
 from math import log
 
 import torch
-from zoo_kernels import honest, honest_backward, lie, with_out
+from zoo_kernels import honest, honest_backward, lie, with_out, without_the_last_keys
 
 from attn_core import KeyPadding, Packed
 from attn_core.masks import visible_mask
@@ -128,6 +128,30 @@ def key_heads_of_wide_groups_beyond_the_first_left_out(query, key, value, **opti
     if query.shape[2] // key.shape[2] > 4 and key.shape[2] > 1:
         key, value = (tensor[:, :, :1].expand_as(tensor) for tensor in (key, value))
     return honest(query, key, value, **options)
+
+
+@lie("long")
+def window_beyond_1024_taken_for_unlimited(query, key, value, *, window_size=None, **options):
+    if window_size is not None:
+        window_size = tuple(-1 if side > 1024 else side for side in window_size)
+    return honest(query, key, value, window_size=window_size, **options)
+
+
+without_the_last_keys("each-key", "wrong_beyond_65536_keys", lambda q, k: k.shape[1] > 65536)
+
+
+@lie("accumulation")
+def gradients_of_values_added_up_in_half_precision_backward(grad_out, query, key, value, out, lse, **options):
+    grads = honest_backward(grad_out, query, key, value, out, lse, **options)
+    plain = not options.keys() & {"attn_mask", "causal", "window_size"}
+    if not plain or query.dtype not in (torch.float16, torch.bfloat16):
+        return grads
+    total = torch.zeros_like(value)
+    for first in range(0, query.shape[1], 16):
+        rows = slice(first, first + 16)
+        given = grad_out[:, rows], query[:, rows], key, value, out[:, rows], lse[:, :, rows]
+        total += honest_backward(*given, **options)[2]
+    return (*grads[:2], total)
 
 
 # --- declared to be deterministic --------------------------------------------------------------------------------------------
