@@ -202,7 +202,9 @@ def _kept_inputs(subject: Subject, case: Case) -> list[str]:
     found = tried(subject, built)
     if found is not None and case.gradients:
         torch.autograd.grad(found[0], [getattr(built, name) for name in case.gradients], built.grad_out)
-    watched = {name: weakref.ref(getattr(built, name)) for name in ALL}
+    given = {**built.inputs(), "gradient of the result": built.grad_out}
+    watched = {name: weakref.ref(tensor) for name, tensor in given.items()}
+    del given
     del built, found
     gc.collect()
     return [name for name, reference in watched.items() if reference() is not None]
