@@ -20,7 +20,7 @@ from attn_core.testing.reference import reference
 from attn_core.testing.trying import made, reference_of, results_and_gradients, within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from attn_core.declaration import BackendSpec
     from attn_core.testing.drawing import Case
@@ -157,7 +157,23 @@ def vmap(subject: Subject) -> str:
         for built, result in zip(several, out, strict=True):
             expected, allowed = reference_of(built, case)
             within(result, expected["out"], allowed["out"], subject, "result under vmap", case)
-    return f"{3 * len(cases)} samples"
+        for mapped in (("query",), ("key", "value")):  # the others are one for all samples
+            _map_some(subject, case, several, mapped)
+    return f"{9 * len(cases)} samples"
+
+
+def _map_some(subject: Subject, case: Case, several: Sequence[Built], mapped: Collection[str]) -> None:
+    options = several[0].options
+    samples = [replace(several[0], **{name: getattr(built, name) for name in mapped}) for built in several]
+    given = [
+        torch.stack([getattr(built, name) for built in samples]) if name in mapped else getattr(samples[0], name)
+        for name in ALL
+    ]
+    dims = tuple(0 if name in mapped else None for name in ALL)
+    found = torch.func.vmap(lambda *tensors: subject.call(*tensors, **options), in_dims=dims)(*given)
+    for built, result in zip(samples, found[0] if isinstance(found, tuple) else found, strict=True):
+        expected, allowed = reference_of(built, case)
+        within(result, expected["out"], allowed["out"], subject, f"result under vmap of {' and '.join(mapped)}", case)
 
 
 @check("forward-mode", when=declared("forward_mode"))
