@@ -7,7 +7,7 @@ from functools import partial
 from math import log
 
 import torch
-from zoo_kernels import honest, honest_backward, lie, with_out, without_the_last_keys
+from zoo_kernels import eager, honest, honest_backward, lie, own, rescaled, with_out, without_the_last_keys
 
 from attn_core import KeyPadding, Packed
 from attn_core.masks import visible_mask
@@ -175,3 +175,79 @@ def parts_of_many_queries_added_up_as_they_come_backward(grad_out, query, key, v
     rows = (tensor[:, order] for tensor in (grad_out, query))
     grads = honest_backward(*rows, key, value, out[:, order], lse[:, :, order], **options)
     return (grads[0][:, order.argsort()], *grads[1:])
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------------
+
+
+def dropping(check, name, drop):
+    def kernel(query, key, value, *, dropout_p=0.0, **options):
+        return eager(query, key, value, dropout_p=dropout_p, drop=drop, **options)
+
+    kernel.__name__ = name
+    return own(check, dropout=True)(kernel)
+
+
+def shared(place):
+    """One draw for all that differ in this dimension."""
+
+    def drop(probabilities, rate):
+        draw = torch.rand_like(probabilities.narrow(place, 0, 1))
+        return probabilities * (draw >= rate) / (1 - rate)
+
+    return drop
+
+
+dropping("dropout-draws", "dropout_of_one_draw_for_all_sequences", shared(0))
+dropping("dropout-draws", "dropout_of_one_draw_for_all_heads", shared(1))
+dropping("dropout-draws", "dropout_of_one_draw_for_all_queries", shared(2))
+dropping("dropout", "dropout_in_steps_of_a_quarter", lambda p, rate: rescaled(p, round(4 * rate) / 4))
+
+
+@own("dropout", dropout=True)
+def dropout_forgotten_when_compiled(query, key, value, *, dropout_p=0.0, **options):
+    rate = 0.0 if torch.compiler.is_compiling() else dropout_p
+    return eager(query, key, value, dropout_p=rate, drop=rescaled, **options)
+
+
+class RedrawnWhenCompiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, probabilities, rate):
+        ctx.rate = rate
+        kept = torch.rand_like(probabilities) >= rate
+        ctx.save_for_backward(kept)
+        return probabilities * kept / (1 - rate)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (kept,) = ctx.saved_tensors
+        kept = torch.rand_like(gradient) >= ctx.rate if torch.compiler.is_compiling() else kept
+        return gradient * kept / (1 - ctx.rate), None
+
+
+dropping("dropout-backward", "dropout_drawn_again_in_compiled_code", RedrawnWhenCompiled.apply)
+
+# --- what is mapped, and what is kept -----------------------------------------------------------------------------------------
+
+
+@own("vmap", vmap=True)
+def scale_of_the_first_sample_where_keys_are_shared(query, key, value, *, scale, **options):
+    is_mapped = torch._C._functorch.is_batchedtensor
+    if is_mapped(query) and not is_mapped(key):
+        scale = 1.3 * scale
+    return eager(query, key, value, scale=scale, **options)
+
+
+_kept = []
+
+
+@lie("memory")
+def masks_kept_alive(query, key, value, *, attn_mask=None, **options):
+    _kept[:] = [attn_mask]
+    return honest(query, key, value, attn_mask=attn_mask, **options)
+
+
+@lie("memory")
+def gradients_of_results_kept_alive_backward(grad_out, query, key, value, out, lse, **options):
+    _kept[:] = [grad_out]
+    return honest_backward(grad_out, query, key, value, out, lse, **options)
