@@ -17,6 +17,7 @@ from attn_core.testing.surroundings import USUAL, unusual
 ZOO = Path(__file__).parent / "zoo"
 sys.path.insert(0, str(ZOO))
 
+import zoo_corners  # noqa: E402, F401 (it adds to the lies)
 import zoo_kernels  # noqa: E402 (it lies where wheels do)
 import zoo_surroundings  # noqa: E402, F401 (it adds to the lies)
 

@@ -145,8 +145,9 @@ def _mask(case: Case, full: tuple[int, int, int, int], random: torch.Generator) 
             return visible.to(case.device)
         dtype = getattr(torch, case.dtype if case.mask_dtype == "same" else case.mask_dtype)
         hidden = torch.finfo(dtype).min if case.mask_hides == "far" else -torch.inf
-        numbers = torch.randn(shape, generator=random, dtype=torch.float64).masked_fill(~visible, hidden)
-        return numbers.to(case.device, dtype)
+        size = 200 if case.mask_hides == "large" else 1
+        numbers = size * torch.randn(shape, generator=random, dtype=torch.float64)
+        return numbers.masked_fill(~visible, hidden).to(case.device, dtype)
 
     return lay_out(shape, case.mask_layout, fresh)
 
@@ -167,10 +168,10 @@ def _visible(case: Case, shape: tuple[int, ...], random: torch.Generator) -> tor
 
 
 def _documents(queries: int, keys: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ends of one to four documents, or of twelve, empty ones included; alike on both sides where the lengths allow it."""
+    """Ends of one to four documents, or of twelve, empty ones included; of equal lengths, mostly alike on both sides."""
     count = (0, 1, 2, 3, 11)[int(torch.randint(0, 5, (), generator=random))]
     cuts = [torch.randint(0, length + 1, (count,), generator=random).sort().values for length in (queries, keys)]
-    if queries == keys:
+    if queries == keys and int(torch.randint(0, 4, (), generator=random)):
         cuts[1] = cuts[0]
     ends_q, ends_k = [0, *cuts[0].tolist(), queries], [0, *cuts[1].tolist(), keys]
     return torch.tensor(ends_q, dtype=torch.int32), torch.tensor(ends_k, dtype=torch.int32)

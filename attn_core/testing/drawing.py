@@ -42,7 +42,7 @@ CHOICES: dict[str, Sequence[Any]] = {
         for pattern in ("0000", "1100", "0110", "0100", "1001", "1110", "1111", "0010")
     ),
     "mask_dtype": ("same", "same", "float32"),
-    "mask_hides": ("some", "nothing", "rows", "far", "left", "right", "everything"),
+    "mask_hides": ("some", "nothing", "rows", "far", "left", "right", "everything", "large"),
     "causal": (False, True),
     "window_size": (None, None, None, (-1, -1), (0, 0), (2, 1), (1, -1), (-1, 2), (3, 0), (40, 40), (0, -1), (-1, 0)),
     "scale": (None, None, None, 0.5, 0, -0.3, 2, f"{NUMPY}float32(0.25)", f"{NUMPY}int64(1)", 0.0),
@@ -84,7 +84,7 @@ class Case:
         mask_dtype: of a float mask, "same" as query's.
         mask_hides: which keys a mask hides: "nothing", "some", "rows" (all keys of some queries, too) or "everything"; "left" and
             "right", as many as padding on that side does; "far" is as "rows", and a float mask has the most negative finite
-            number there in place of -inf, which hides nothing.
+            number there in place of -inf, which hides nothing; "large" is as "some", and a float mask adds hundreds.
         causal: as in ``attention``.
         window_size: as in ``attention``.
         scale: as in ``attention``; a string that begins with "numpy." stands for that numpy scalar.

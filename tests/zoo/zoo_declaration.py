@@ -46,6 +46,7 @@ def narrow(whole, limits):
 
 @hookimpl
 def attn_backends():
+    import zoo_corners  # noqa: F401 (it adds to the lies)
     import zoo_kernels
     import zoo_surroundings  # noqa: F401 (it adds to the lies)
 
@@ -59,7 +60,7 @@ def attn_backends():
     yield from narrow(whole, limits)
     for name, (_, changes) in zoo_kernels.LIES.items():
         given = dict(changes)
-        abilities = {key: given.pop(key) for key in ("dropout", "mask_gradient") if key in given}
+        abilities = {key: given.pop(key) for key in ("dropout", "mask_gradient", "vmap") if key in given}
         if given.pop("context_parallel", None):
             given["context_parallel"] = No("it is no kernel for that")
         yield replace(whole, name=name, constraints=replace(limits, **abilities), **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from attn_core.testing.checking import check, declared, differentiable
 from attn_core.testing.comparing import expect
 from attn_core.testing.outcomes import CheckFailed, NotChecked
+from attn_core.testing.plans import held_to_plan
 from attn_core.testing.reference import reference
 from attn_core.testing.tolerances import bounds
 from attn_core.testing.trying import tried, within
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from attn_core.testing.drawing import Case
     from attn_core.testing.subject import Subject
 
-PROBABILITIES = (0.25, 0.5, 0.9)
+ALL = ("query", "key", "value")
+PROBABILITIES = (0.1, 0.25, 0.5, 0.9)
 VARIED = ("mask", "causal", "scale", "heads", "batch", "dtype", "return_lse")
 DEVIATIONS = 6
 """How many standard deviations a count may be off: beyond that lies one honest draw of 500 million."""
@@ -33,14 +36,14 @@ def dropout(subject: Subject) -> str:
 @check("dropout-backward", when=lambda spec: declared("dropout")(spec) and differentiable(spec))
 def dropout_backward(subject: Subject) -> str:
     """The backward uses the forward's draw."""
-    return _look_at_draws(subject, gradients=("query", "key", "value"))
+    return _look_at_draws(subject, gradients=ALL)
 
 
 @check("dropout-draws", when=declared("dropout"))
 def dropout_draws(subject: Subject) -> str:
-    """Each call draws anew from torch's generator, and the same seed gives the same draw."""
+    """Each call draws anew from torch's generator, for each sequence, head and query; the same seed gives the same draw."""
     case = _cases(subject, (), varied=())[0]
-    built = case.build()
+    built = _of_unit_vectors(case)
 
     def call() -> torch.Tensor:
         found = tried(subject, built, dropout_p=0.5)
@@ -54,7 +57,17 @@ def dropout_draws(subject: Subject) -> str:
     expect("two calls drop the same: each has to draw anew", holds=not torch.equal(first, second))
     torch.manual_seed(subject.seed)
     expect("torch.manual_seed does not decide what is dropped", holds=torch.equal(first, call()))
+    for place, name in enumerate(("sequences", "queries", "heads", "keys")):
+        _expect_own_draws(first != 0, place, name)
     return "3 calls"
+
+
+def _expect_own_draws(kept: torch.Tensor, place: int, what: str) -> None:
+    """Of two independent draws of one half, half agrees."""
+    count = kept.shape[place] - 1
+    alike = kept.narrow(place, 0, count) == kept.narrow(place, 1, count)
+    off = abs(float(alike.double().sum()) - alike.numel() / 2)
+    expect(f"one draw serves several {what}", holds=off <= DEVIATIONS * alike.numel() ** 0.5 / 2)
 
 
 def _cases(subject: Subject, gradients: tuple[str, ...], varied: tuple[str, ...] = VARIED) -> list[Case]:
@@ -79,10 +92,8 @@ def _cases(subject: Subject, gradients: tuple[str, ...], varied: tuple[str, ...]
     return list(subject.require(cases, "dropout"))
 
 
-def _has_dropout(subject: Subject, case: Case) -> bool:
-    from dataclasses import replace
-
-    return not subject.spec.reasons(replace(subject.facts(case), dropout=True))
+def _has_dropout(subject: Subject, case: Case, *, compiled: bool = False) -> bool:
+    return not subject.spec.reasons(replace(subject.facts(case), dropout=True, compiled=compiled))
 
 
 def _look_at_draws(subject: Subject, *, gradients: tuple[str, ...]) -> str:
@@ -90,26 +101,52 @@ def _look_at_draws(subject: Subject, *, gradients: tuple[str, ...]) -> str:
     torch.manual_seed(subject.seed)
     kept = expected = variance = 0.0
     cases = [case for case in _cases(subject, gradients) if case.gradients == gradients]
-    calls = 0
+    ran: list[Case] = []
     for case in cases:
         for dropout_p in PROBABILITIES:
-            built = case.build()
-            with torch.no_grad():
-                unit = torch.eye(built.value.shape[3], device=built.value.device)[None, :, None]
-                built.value.copy_(unit.expand(built.value.shape))
+            built = _of_unit_vectors(case)
             found = tried(subject, built, dropout_p=dropout_p)
             if found is None:
                 continue
-            calls += 1
+            ran.append(case)
             sure, draws = _held(subject, case, built, dropout_p, found)
             kept, expected = kept + draws, expected + sure * (1 - dropout_p)
             variance += sure * dropout_p * (1 - dropout_p)
-    if calls == 0:
+    if not ran:
         msg = "it declares dropout and refuses each call with it when run"
         raise CheckFailed(msg)
-    share = f"{kept:.0f} probabilities are kept where {expected:.0f} are expected"
+    share = _expect_share(kept, expected, variance)
+    return f"{len(ran) + _look_at_compiled_draw(subject, ran)} calls, {share}"
+
+
+def _of_unit_vectors(case: Case) -> Built:
+    """The call with unit vectors for values, so that its result is the probabilities."""
+    built = case.build()
+    with torch.no_grad():
+        unit = torch.eye(built.value.shape[3], device=built.value.device)[None, :, None]
+        built.value.copy_(unit.expand(built.value.shape))
+    return built
+
+
+def _look_at_compiled_draw(subject: Subject, cases: list[Case]) -> int:
+    """The same of one of these calls where it is compiled; how many there were."""
+    case = next((case for case in cases if _has_dropout(subject, case, compiled=True)), None)
+    if subject.quick or not subject.spec.compile or case is None:
+        return 0
+    built = _of_unit_vectors(case)
+    torch.compiler.reset()
+    compiled = torch.compile(subject.call, fullgraph=True, dynamic=False, backend=held_to_plan)
+    found = compiled(built.query, built.key, built.value, **built.options, dropout_p=0.5)
+    sure, kept = _held(subject, case, built, 0.5, found if isinstance(found, tuple) else (found,))
+    torch.compiler.reset()
+    _expect_share(kept, sure / 2, sure / 4, " in compiled code")
+    return 1
+
+
+def _expect_share(kept: float, expected: float, variance: float, where: str = "") -> str:
+    share = f"{kept:.0f} probabilities are kept{where} where {expected:.0f} are expected"
     expect(share, holds=abs(kept - expected) <= DEVIATIONS * variance**0.5)
-    return f"{calls} calls, {share}"
+    return share
 
 
 def _held(

@@ -26,7 +26,8 @@ _ONCE: tuple[dict[str, Any], ...] = tuple(
     {"mask_once": tuple(once == "1" for once in pattern), "mask_layout": layout}
     for pattern, layout in (
         ("0000", "contiguous"), ("1100", "contiguous"), ("0100", "sliced"), ("1110", "contiguous"), ("0010", "transposed"),
-        ("1001", "contiguous"), ("0000", "transposed"), ("0100", "expanded"), ("1111", "contiguous"), ("0000", "last strided"),
+        ("1001", "contiguous"), ("0110", "contiguous"), ("1000", "contiguous"), ("0000", "transposed"), ("0100", "expanded"),
+        ("1111", "contiguous"), ("0000", "last strided"),
     )
 )  # fmt: skip
 _DENSE = tuple({**once, "mask_hides": hides} for once in _ONCE for hides in ("some", "rows"))
@@ -35,7 +36,7 @@ FORMS: dict[str, tuple[dict[str, Any], ...]] = {
     "packed": ({"batch": 1},),
     "bool": (*_DENSE, {"mask_hides": "everything"}, {"mask_hides": "nothing"}),
     "float": (
-        *_DENSE, {"mask_hides": "far"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"},
+        *_DENSE, {"mask_hides": "far"}, {"mask_hides": "large"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"},
         {"mask_dtype": "float32", "dtype": "float16", "return_lse": True},  # of rounding the mask the lse alone tells
         {"mask_dtype": "float32", "dtype": "bfloat16"},
     ),

@@ -9,13 +9,15 @@ import torch
 from attn_core.testing.checking import check
 from attn_core.testing.outcomes import CheckFailed
 from attn_core.testing.reference import reference
-from attn_core.testing.trying import made, reference_of, tried, within
+from attn_core.testing.trying import hold, made, reference_of, results_and_gradients, tried, within
 
 if TYPE_CHECKING:
     from attn_core.testing.building import Built
     from attn_core.testing.subject import Subject
 
+ALL = ("query", "key", "value")
 KEYS = 4500
+QUERIES = 8300
 
 
 @check("magnitudes")
@@ -28,7 +30,7 @@ def magnitudes(subject: Subject) -> str:
 
 @check("accumulation")
 def accumulation(subject: Subject) -> str:
-    """Sums over thousands of keys of one sign keep the accuracy of float32."""
+    """Sums over thousands of keys, and in the backward of queries, of one sign keep the accuracy of float32."""
     subject.leave_out_if_quick()
     each: list[dict[str, Any]] = [{"queries": 12, "keys": KEYS}, {"queries": KEYS, "causal": True}, {"queries": KEYS}]
     admitted = subject.admitted(each)[:1]
@@ -44,7 +46,22 @@ def accumulation(subject: Subject) -> str:
         expected, allowed = reference_of(built, case)
         for name, result in zip(("out", "lse"), found, strict=False):
             within(result, expected[name], allowed[name], subject, name, case)
-    return f"{len(cases)} calls of {max(case.queries if case.keys is None else case.keys for case in cases)} keys"
+    shown = f"{len(cases)} calls of {max(case.queries if case.keys is None else case.keys for case in cases)} keys"
+    return f"{shown}, {_accumulated_backwards(subject)} backwards"
+
+
+def _accumulated_backwards(subject: Subject) -> int:
+    """Hold the gradients of thousands of queries, of one sign, to the accuracy of float32; how many calls there were."""
+    shape: dict[str, Any] = {"batch": 1, "heads": (1, 1), "gradients": ALL}
+    each = subject.admitted([{**shape, "queries": QUERIES, "keys": 5}, {**shape, "queries": 2000, "keys": None}])[:1]
+    cases = subject.draw(4, "dtype", each=each, where=lambda case: bool(case.gradients)) if each else []
+    for case in cases:
+        built = case.build()
+        with torch.no_grad():
+            built.query.mul_(0.05)
+            built.grad_out.abs_().add_(1.0)
+        hold(subject, case, results_and_gradients(subject, case, built), "of numbers of one sign", built)
+    return len(cases)
 
 
 @check("nan-and-inf")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attn_core.testing.checking import check, declared
 
@@ -22,6 +22,8 @@ DIAGONALS = tuple(
 """Lengths on both sides of one another, within a block of a kernel and across several."""
 ACROSS = (DIAGONALS[0], *DIAGONALS[-5:])
 """Lengths of one block, and of several."""
+WIDE = ((32, 8), (64, 8), (16, 1))
+"""Heads of models: many, and many to a key head."""
 WINDOWS = ((3, 0), (2, 1), (0, 0), (-1, 2), (5, -1), (1, 4), (40, 40), (100, 0), (260, 130), (-1, 200), (300, -1))
 
 
@@ -69,7 +71,11 @@ def gqa(subject: Subject) -> str:
     """Query head h reads key head h // (Hq / Hkv)."""
     pairs = ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2))
     each = [{**lengths, "heads": heads} for heads in pairs for lengths in ACROSS]
-    cases = subject.draw(30, "mask", "causal", "dtype", "return_lse", "gradients", each=each)
+    wide = [
+        {**lengths, "heads": heads, "batch": 1} for heads in WIDE for lengths in (ACROSS[0], {"queries": 1, "keys": 70})
+    ]
+    each += subject.admitted(wide)
+    cases = subject.draw(len(each), "mask", "causal", "dtype", "return_lse", "gradients", each=each)
     return subject.hold(subject.require(cases, "gqa"))
 
 
@@ -107,10 +113,13 @@ def lse(subject: Subject) -> str:
 @check("deterministic", when=declared("deterministic"))
 def deterministic(subject: Subject) -> str:
     """The same bits twice, forward and backward."""
-    each = [
-        {"deterministic": True, "queries": length, "batch": 2} for length in ((64,) if subject.quick else (300, 64))
-    ]
-    cases = subject.draw(8, "dtype", "heads", "causal", "gradients", "return_lse", each=each)
+    each: list[dict[str, Any]] = [{"queries": length, "batch": 2} for length in ((64,) if subject.quick else (300, 64))]
+    if not subject.quick:  # long enough to be split among blocks, whose parts are added up
+        each += subject.admitted([{"queries": 1, "keys": 4500, "batch": 1, "causal": False}])
+        many = {"batch": 1, "causal": False, "gradients": ("query", "key", "value")}
+        each += subject.admitted([{**many, "queries": 1100, "keys": 33}, {**many, "queries": 600}])[:1]
+    each = [{**item, "deterministic": True} for item in each]
+    cases = subject.draw(12, "dtype", "heads", "causal", "gradients", "return_lse", each=each)
     return subject.hold(case for case in subject.require(cases, "deterministic") for _ in range(2))
 
 

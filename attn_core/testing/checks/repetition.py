@@ -17,20 +17,21 @@ from attn_core.guard import Raised, attempt
 from attn_core.masks import Description
 from attn_core.probe import devices
 from attn_core.testing.checking import check
+from attn_core.testing.comparing import expectations
 from attn_core.testing.fresh import left_by_first_call
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.subject import Subject
 from attn_core.testing.surroundings import ONE_HALF, OTHER_HALF, USUAL, left_by
-from attn_core.testing.trying import made, reference_of, steps_of, tried, within
+from attn_core.testing.trying import hold, made, reference_of, results_and_gradients, steps_of, tried, within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from attn_core.testing.building import Built
     from attn_core.testing.drawing import Case
 
 ALL = ("query", "key", "value")
-THREADS = 6
+THREADS = 8
 ROUNDS = 6
 
 
@@ -100,23 +101,25 @@ def other_devices(subject: Subject) -> str:
 
 @check("threads")
 def threads(subject: Subject) -> str:
-    """Several threads call at once, each with tensors and options of its own."""
-    varied = ("dtype", "mask", "scale", "causal", "heads", "return_lse")
+    """Several threads call at once, and go backward, each with tensors and options of its own."""
+    varied = ("dtype", "mask", "scale", "causal", "heads", "return_lse", "gradients")
     lengths = [{"queries": length, "keys": None} for length in (16, *range(40, 51))]
-    cases = subject.draw(2, each=[{"scale": 0.3}, {"scale": 2.0}])[:2]  # which differ in nothing else
+    cases = []
+    for names in ((), ALL):  # two that differ in nothing else
+        cases += subject.draw(2, each=[{"scale": scale, "gradients": names} for scale in (0.3, 2.0)])[:2]
     cases = [*cases, *subject.draw(THREADS, *varied, each=lengths)][:THREADS]
-    work = [(case, made(case)) for case in cases]
-    prepared = [(case, built, *reference_of(built, case)) for case, built in work]
-    for _, built in work:
-        tried(subject, built)  # what compiles at the first call has done so
+    prepared = []
+    for case in cases:
+        built = case.build()
+        found = results_and_gradients(subject, case, built)  # what compiles at the first call has done so
+        prepared.append((case, built, expectations(case, built, found)))
     barrier = Barrier(len(prepared))
 
-    def run(case: Case, built: Built, expected: Any, allowed: Any) -> None:
+    def run(case: Case, built: Built, expected: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         barrier.wait(timeout=60)
         for _ in range(ROUNDS):
-            found = tried(subject, built)
-            for name, result in zip(("out", "lse"), found or (), strict=False):
-                within(result, expected[name], allowed[name], subject, f"{name}, with other threads calling,", case)
+            for name, result in results_and_gradients(subject, case, built).items():
+                within(result, *expected[name], subject, f"{name}, with other threads calling,", case)
 
     raised = _in_threads([partial(run, *item) for item in prepared])
     if raised:
@@ -199,20 +202,43 @@ def _kept_inputs(subject: Subject, case: Case) -> list[str]:
     found = tried(subject, built)
     if found is not None and case.gradients:
         torch.autograd.grad(found[0], [getattr(built, name) for name in case.gradients], built.grad_out)
-    watched = {name: weakref.ref(getattr(built, name)) for name in ALL}
+    given = {**built.inputs(), "gradient of the result": built.grad_out}
+    watched = {name: weakref.ref(tensor) for name, tensor in given.items()}
+    del given
     del built, found
     gc.collect()
     return [name for name, reference in watched.items() if reference() is not None]
 
 
+DESCRIBED = ("key_padding", "packed")
+
+
 @check("copied-masks")
 def copied_masks(subject: Subject) -> str:
-    """Two described masks of equal shape, used in turn, are not taken for one another."""
-    cases = subject.draw(6, "causal", "dtype", each=[{"mask": kind} for kind in ("key_padding", "packed")])
-    cases = [case for case in cases if case.mask in ("key_padding", "packed")]
+    """Described masks of equal shape, used in turn, are not taken for one another; one may be used beside other options."""
+    cases = subject.draw(6, "causal", "dtype", each=[{"mask": kind} for kind in DESCRIBED])
+    cases = [case for case in cases if case.mask in DESCRIBED]
     for case in cases:
         first, second = made(case), made(case, seed=case.seed + 3)
         for built in (first, second, first):
             if isinstance(built.options.get("attn_mask"), Description):
                 _compare(subject, case, built, "two masks in turn")
-    return f"{3 * len(cases)} calls" if cases else "it declares no described mask"
+    again = _use_again(subject) if cases else 0
+    return f"{3 * len(cases)} calls, {again} of masks used again" if cases else "it declares no described mask"
+
+
+def _use_again(subject: Subject) -> int:
+    """Use one description for calls of other options, dtypes, heads and numbers of queries; how many there were."""
+    lengths: tuple[dict[str, Any], ...] = ({"queries": 16, "keys": 16}, {"queries": 5, "keys": 16})
+    each = subject.admitted({"mask": kind, **item} for kind in DESCRIBED for item in lengths)
+    varied = ("causal", "window_size", "dtype", "heads", "softcap", "gradients", "return_lse")
+    cases = subject.draw(6 * len(each), *varied, each=each, where=lambda case: case.mask in DESCRIBED)
+    kept: dict[tuple[torch.Size, ...], Any] = {}
+    for case in cases:
+        built = case.build()
+        shapes = [tensor.shape for name, tensor in built.inputs().items() if name not in ALL]
+        ends = (built.query.shape[1:2], built.key.shape[1:2]) if case.mask == "packed" else ()
+        own = built.options["attn_mask"]
+        built.options["attn_mask"] = kept.setdefault((*shapes, *ends), own)
+        hold(subject, case, results_and_gradients(subject, case, built), "of a mask that was used before", built)
+    return len(cases)

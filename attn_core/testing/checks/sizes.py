@@ -17,7 +17,7 @@ _LENGTHS = (1, 2, 3, 15, 17, 31, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 
 _SPARSE = ((12, 4500), (4500, 5), (2, 8300), (4500, 70))
 _LONG: tuple[dict[str, Any], ...] = (
     {"mask": "none"}, {"mask": "key_padding"}, {"mask": "packed"}, {"mask": "bool"}, {"mask": "float"},
-    {"window_size": (700, 60)}, {"window_size": (3, -1)}, {"softcap": 2.0}, {"heads": (4, 2)},
+    {"window_size": (700, 60)}, {"window_size": (2000, 0)}, {"window_size": (3, -1)}, {"softcap": 2.0}, {"heads": (4, 2)},
 )  # fmt: skip
 """What is tried at lengths in the thousands."""
 
@@ -64,6 +64,7 @@ def each_key(subject: Subject) -> str:
     each = subject.admitted({"keys": length, "queries": 12, "batch": 1} for length in (130, 700, 4500, 8300))
     if not each:
         each = subject.admitted({"keys": None, "queries": length, "batch": 1} for length in (130, 700))
+    each += subject.admitted([{"keys": MANY + 500, "queries": 12, "batch": 1, "heads": (1, 1)}])
     cases = subject.draw(len(each), "dtype", "heads", each=each[:1] if subject.quick else each)
     for case in cases:
         built = made(case)
@@ -88,7 +89,8 @@ def batch(subject: Subject) -> str:
         for batch, heads in ((1, 1), (5, 1), (1, 5), (3, 7), (9, 2))
         for lengths in ({}, {"queries": 9, "keys": 530}, {"queries": 140, "keys": 400})
     ]
-    return subject.hold(subject.draw(15, "dtype", "mask", "return_lse", "gradients", each=each))
+    each += subject.admitted({"batch": 1, "heads": (heads, heads)} for heads in (17, 32))
+    return subject.hold(subject.draw(len(each), "dtype", "mask", "return_lse", "gradients", each=each))
 
 
 @check("many-heads")

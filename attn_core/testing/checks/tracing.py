@@ -13,13 +13,14 @@ from attn_core.guard import Raised, attempt
 from attn_core.testing.building import Built
 from attn_core.testing.checking import check, declared
 from attn_core.testing.comparing import expect
+from attn_core.testing.kinds import wished
 from attn_core.testing.outcomes import CheckFailed
 from attn_core.testing.plans import held_to_plan
 from attn_core.testing.reference import reference
 from attn_core.testing.trying import made, reference_of, results_and_gradients, within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from attn_core.declaration import BackendSpec
     from attn_core.testing.drawing import Case
@@ -47,11 +48,15 @@ def compiled(subject: Subject) -> str:
     shape = {"queries": 33, "keys": None}
     each: list[dict[str, Any]] = [{**shape, "causal": True, "gradients": ALL}, {**shape, "return_lse": True}, shape]
     each += [{**shape, "mask": kind, "gradients": ALL} for kind in ("key_padding", "bool", "float")]
-    each += [{**shape, "mask": "packed"}, {**shape, "window_size": (3, 0), "softcap": 5.0}, {"queries": 5, "keys": 17}]
+    each += [
+        {**shape, **item, "gradients": ALL} for item in ({"window_size": (3, 0)}, {"softcap": 5.0}, {"mask": "packed"})
+    ]
+    each += [{"queries": 5, "keys": 17}, {"queries": 5, "keys": 17, "causal": True, "gradients": ALL}]
     each += [{**shape, "layouts": ("transposed",) * 3, "gradients": names} for names in ((), ALL)]
     if subject.quick:  # without a backward, whose compiler alone takes longer to import than all else here
         each = [{**shape, "return_lse": True}, shape, {}]
-    each = (subject.admitted(each) or [{}])[: 1 if subject.quick else None]
+    nearest = (subject.admitted(wished(fields))[:1] for fields in each)  # without gradients where there are none
+    each = ([item for found in nearest for item in found] or [{}])[: 1 if subject.quick else None]
     cases = _traced_cases(subject, len(each), "scale", "dtype", "heads", each=each)[: 1 if subject.quick else None]
     for case in cases:
         torch.compiler.reset()
@@ -152,7 +157,23 @@ def vmap(subject: Subject) -> str:
         for built, result in zip(several, out, strict=True):
             expected, allowed = reference_of(built, case)
             within(result, expected["out"], allowed["out"], subject, "result under vmap", case)
-    return f"{3 * len(cases)} samples"
+        for mapped in (("query",), ("key", "value")):  # the others are one for all samples
+            _map_some(subject, case, several, mapped)
+    return f"{9 * len(cases)} samples"
+
+
+def _map_some(subject: Subject, case: Case, several: Sequence[Built], mapped: Collection[str]) -> None:
+    options = several[0].options
+    samples = [replace(several[0], **{name: getattr(built, name) for name in mapped}) for built in several]
+    given = [
+        torch.stack([getattr(built, name) for built in samples]) if name in mapped else getattr(samples[0], name)
+        for name in ALL
+    ]
+    dims = tuple(0 if name in mapped else None for name in ALL)
+    found = torch.func.vmap(lambda *tensors: subject.call(*tensors, **options), in_dims=dims)(*given)
+    for built, result in zip(samples, found[0] if isinstance(found, tuple) else found, strict=True):
+        expected, allowed = reference_of(built, case)
+        within(result, expected["out"], allowed["out"], subject, f"result under vmap of {' and '.join(mapped)}", case)
 
 
 @check("forward-mode", when=declared("forward_mode"))
