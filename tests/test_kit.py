@@ -505,6 +505,12 @@ def test_many_head_dims_are_all_of_a_set_or_of_a_short_range_and_of_a_long_one_t
         assert declared is None or {16, 256} <= found <= set(declared)
 
 
+def test_autocast_never_meets_a_float_mask_of_another_dtype_than_a_query_of_float64():
+    """It would cast the mask and leave the query."""
+    case = subject("right").case(dtype="float64", mask="float", mask_dtype="float32", autocast="float16")
+    assert case.mask_dtype == "same"
+
+
 def test_what_is_met_already_is_not_covered_again_and_completions_are_looked_for_around_each_base():
     met = [((0, 1),), ((1, 1),)]
     assert not cover([2, 2], lambda row: row == (0, 0), Random(0), strength=1, met=[*met, ((0, 0),), ((1, 0),)]).rows

@@ -61,7 +61,8 @@ def test_a_lie_is_caught_by_the_check_that_is_for_it(name, check):
 
 HONEST = [
     "honest", "honest_with_dropout", "honest_compiling", "honest_for_pairs", "honest_for_64_and_a_pair", "honest_by_rules",
-    "honest_for_causal", "for_float8_too",
+    "honest_for_causal", "for_float8_too", "honest_for_eights", "honest_for_groups_of_8", "honest_for_one_key_head",
+    "honest_for_windows", "honest_for_packed", "honest_in_blocks", "honest_decoding",
 ]  # fmt: skip
 
 

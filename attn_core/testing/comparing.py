@@ -47,7 +47,7 @@ def _compare(case: Case, call: Callable[..., Any], numerics: Exact | Approximate
     built = case.build()
     before = {name: _bits(tensor) for name, tensor in built.inputs().items()}
     try:
-        result = _call(case, built, call)
+        result = called(case, built, call)
     except KernelError as lie:
         raise AssertionError(str(lie)) from lie
     except AttnError as refusal:
@@ -75,7 +75,8 @@ def expect(message: str, *, holds: bool) -> None:
         raise AssertionError(message)
 
 
-def _call(case: Case, built: Built, call: Callable[..., Any]) -> Any:
+def called(case: Case, built: Built, call: Callable[..., Any]) -> Any:
+    """Make the call with the autocast and the mode of the case (but for inference mode)."""
     device = torch.device(case.device).type
     autocast = nullcontext() if case.autocast is None else torch.autocast(device, getattr(torch, case.autocast))
     with autocast, torch.set_grad_enabled(case.mode == "grad"):
@@ -244,7 +245,7 @@ def _given(tensor: torch.Tensor, case: Case) -> torch.Tensor:
 def _check_same_bits(
     case: Case, built: Built, call: Callable[..., Any], out: torch.Tensor, found: dict[str, torch.Tensor]
 ) -> None:
-    again = _call(case, built, call)
+    again = called(case, built, call)
     again = again[0] if case.return_lse else again
     expect("not the same result twice", holds=torch.equal(out, again))
     for name, gradient in _gradients(case, built, again, built.grad_out.to(again.dtype)).items():

@@ -20,12 +20,13 @@ from attn_core.guard import Raised, attempt
 from attn_core.probe import devices
 from attn_core.reading import device_facts
 from attn_core.requirements import library_reason
-from attn_core.testing.comparing import compare
+from attn_core.testing.comparing import called, compare
 from attn_core.testing.covering import cover
 from attn_core.testing.drawing import Case
 from attn_core.testing.facing import facts_of
 from attn_core.testing.head_dims import many_head_dims, representative_head_dims
 from attn_core.testing.kinds import ESSENTIAL, kind_of, wished
+from attn_core.testing.lengths import other_lengths
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.shrinking import shrink
 
@@ -62,7 +63,7 @@ FACTORS: Mapping[str, tuple[Fragment, ...]] = {
         _lengths(33, 5), _lengths(70, 1), _lengths(7, 530),
     ),
     "batch": ({"batch": 2}, {"batch": 1}, {"batch": 3}),
-    "heads": ({"heads": (2, 2)}, {"heads": (4, 2)}, {"heads": (6, 2)}, {"heads": (4, 1)}, {"heads": (3, 3)}),
+    "heads": tuple({"heads": heads} for heads in ((2, 2), (4, 2), (6, 2), (4, 1), (3, 3), (8, 8), (8, 1), (16, 2))),
     "mask": (
         {"mask": "none"}, {"mask": "key_padding"}, {"mask": "key_padding", "mask_hides": "left"},
         {"mask": "packed", "batch": 1}, {"mask": "bool"}, {"mask": "bool", "mask_once": (False, True, False, False)},
@@ -254,7 +255,7 @@ class Subject:
         return any(self.admits(self.case(*{**base, **changes}.values())) for base in self._bases)
 
     def case(self, *fragments: Fragment, **fields: Any) -> Case:
-        """Make a case on this device of these fields; a packed one has a batch of one."""
+        """Make a case on this device of these fields, changed where they make no sense together: a packed one has one batch."""
         given: dict[str, Any] = {"device": str(self.device)}
         for fragment in fragments:
             given.update(fragment)
@@ -263,6 +264,8 @@ class Subject:
             given["batch"] = 1
         if given.get("mask") != "float":
             given["gradients"] = tuple(name for name in given.get("gradients", ()) if name != "attn_mask")
+        if given.get("autocast") and given.get("dtype") == "float64":
+            given["mask_dtype"] = "same"  # autocast leaves float64 as it is, and would make another one of the mask
         return Case(**given)
 
     @property
@@ -305,7 +308,27 @@ class Subject:
                     break
             if len(found) >= wanted:
                 break
-        return list(found)
+        return list(found) if self._takes_any_length else self._at_lengths_taken(found, where)
+
+    @cached_property
+    def _takes_any_length(self) -> bool:
+        """Whether the plainest call is taken as it is; one that is compiled for is not made to know it."""
+        return self.spec.first_call_compiles or self.taken(self.plain) == self.plain
+
+    def _at_lengths_taken(self, cases: Iterable[Case], where: Callable[[Case], bool] | None) -> list[Case]:
+        """These calls, each at lengths that its kernel takes, where it takes it at any."""
+        moved = ((case, self.taken(case)) for case in cases)
+        return list(dict.fromkeys(item if item and (where is None or where(item)) else case for case, item in moved))
+
+    def taken(self, case: Case) -> Case | None:
+        """The call, at its own lengths or else at others, as the adapter takes it; None where it refuses all when run."""
+        each = chain([case], filter(self.admits, other_lengths(case)))
+        return next((item for item in each if not self.refuses_when_run(item)), None)
+
+    def refuses_when_run(self, case: Case) -> bool:
+        """Whether the adapter itself refuses a call that the declaration admits."""
+        found = attempt(partial(called, case, case.build(), self.call))
+        return isinstance(found, Raised) and isinstance(found.error, CallRefused)
 
     def _drawn_again(
         self, wanted: int, varied: Sequence[str], each: Sequence[Fragment], where: Callable[[Case], bool] | None
@@ -401,7 +424,8 @@ class Subject:
     def hold(self, cases: Iterable[Case], call: Callable[..., Any] | None = None) -> str:
         """Hold each of these calls to the reference, made by ``attention`` or by ``call``.
 
-        A call may be refused by the adapter itself, since lengths are not among the facts; not all of them may.
+        A call may be refused by the adapter itself, since lengths are not among the facts; then it is made at other lengths.
+        Not all of them may be refused.
 
         Returns:
             How many were right, and how many refused.
@@ -414,8 +438,10 @@ class Subject:
             refusal = self.hold_one(case, call)
             if refusal is None:
                 right += 1
-            else:
-                refused.append((case, refusal))
+                continue
+            refused.append((case, refusal))
+            other = self.taken(case)
+            right += other is not None and self.hold_one(other, call) is None
         if refused and not right:
             case, refusal = refused[0]
             msg = f"it declares this and refuses each of {len(refused)} calls when run: {refusal}"
@@ -428,6 +454,8 @@ class Subject:
         if not isinstance(found, Raised):
             return found
         if call is not None:  # what shows it is more than the case
+            if self.refuses_when_run(case):  # which what traces it hides behind an error of its own
+                return CallRefused(str(found.error))
             msg = f"{_told(found)}, in {case!r}"
             raise CheckFailed(msg) from found.error
         if not self.alive():

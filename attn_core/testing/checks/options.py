@@ -67,7 +67,7 @@ def softcap(subject: Subject) -> str:
 @check("gqa", when=declared("gqa"))
 def gqa(subject: Subject) -> str:
     """Query head h reads key head h // (Hq / Hkv)."""
-    pairs = ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2))
+    pairs = ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2), (8, 1))
     each = [{**lengths, "heads": heads} for heads in pairs for lengths in ACROSS]
     cases = subject.draw(30, "mask", "causal", "dtype", "return_lse", "gradients", each=each)
     return subject.hold(subject.require(cases, "gqa"))
