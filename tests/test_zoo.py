@@ -74,6 +74,18 @@ def test_the_honest_one_passes(name, quick):
     assert [outcome.check for outcome in wrong] == ["declaration-imports"]
 
 
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("honest_for_eights", "batch"), ("honest_for_groups_of_8", "accumulation"), ("honest_for_eights", "gqa"),
+     ("honest_for_one_key_head", "ulysses"), ("honest_in_blocks", "neighbours"), ("honest_in_blocks", "compile-dynamic"),
+     ("honest_in_blocks", "export"), ("honest_in_blocks", "same-tensor")],
+)  # fmt: skip
+def test_the_honest_one_that_serves_little_is_tried_in_full(name, check):
+    (outcome,) = check_backend(f"zoo:{name}", only=check.__eq__)
+    assert outcome.status == PASSED
+    assert not outcome.detail.startswith("0 ")
+
+
 def test_a_dtype_that_the_kit_does_not_draw_is_a_row_that_says_so():
     outcomes = {outcome.check: outcome for outcome in check_backend("zoo:for_float8_too", quick=True)}
     assert outcomes["combinations[bfloat16]"].status == PASSED
