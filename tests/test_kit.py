@@ -20,6 +20,7 @@ from attn_core.testing import (
     check_backend,
     checking,
     checks_of,
+    compare,
     draw,
     kit,
     subject,
@@ -146,7 +147,7 @@ def test_a_new_check_warns_where_it_would_fail():
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("lacking", "a_module_that_nobody_has"), ("sick", "not today"), ("for_cuda", "cuda"), ("nobodys", None)],
+    [("lacking", "a_module_that_nobody_has"), ("for_cuda", "cuda"), ("nobodys", None)],
 )
 def test_a_backend_that_cannot_be_checked_here_is_not_checked_and_says_why(name, why):
     if name == "nobodys":
@@ -158,6 +159,15 @@ def test_a_backend_that_cannot_be_checked_here_is_not_checked_and_says_why(name,
     assert (outcome.check, outcome.status) == ("", kit.NOT_CHECKED)
     assert why in outcome.detail
     assert exit_status([outcome]) == 3
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradients": ("query",)}, {"deterministic": True}])
+def test_nan_is_told_as_a_wrong_number_and_not_as_a_change(fields):
+    def call(query, key, value, **options):
+        return query * torch.nan
+
+    with pytest.raises(AssertionError, match="found nan, expected"):
+        compare(Case(**fields), call)
 
 
 def test_what_a_check_raises_is_a_failure_that_names_it():
@@ -195,7 +205,14 @@ def test_a_failure_exits_1_with_a_snippet_that_shows_it(capsys):
     exec(code.replace("attn-kit:liar", "right"), {})  # the same call of an honest backend
 
 
-@pytest.mark.parametrize("name", ["lacking", "sick", "for_cuda"])
+def test_a_declaration_that_raises_fails_and_exits_1(capsys):
+    status, out, _ = attn_check(capsys, "sick")
+    assert status == 1
+    assert "failed: sick, declaration: " in out
+    assert "RuntimeError: not today" in out
+
+
+@pytest.mark.parametrize("name", ["lacking", "for_cuda"])
 def test_a_backend_that_cannot_be_checked_exits_3_and_says_why(capsys, name):
     if name == "for_cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

@@ -141,7 +141,7 @@ def play_broken(machine: Machine, before: Rows) -> None:
     status, reason = after["boom-attn:boom"]
     assert status == "broken", after
     assert "RuntimeError: boom went the declaration" in reason, reason
-    machine.run("attn", "check", "boom", status=3, show=1)
+    machine.run("attn", "check", "boom", status=1, show=1)
     leave(machine, before, after, "boom-attn")
 
 

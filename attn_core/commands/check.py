@@ -32,8 +32,8 @@ _NAMED = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.epilog = (
-        "exit status: 0 all passed; 1 a check failed; 2 refused, as a name that nobody has; 3 nothing failed, but of a backend "
-        "nothing could be checked here"
+        "exit status: 0 all passed; 1 a check failed, or a declaration raises; 2 refused, as a name that nobody has; "
+        "3 nothing failed, but of a backend nothing could be checked here"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="backends; every installed one where none is given")
     parser.add_argument("--quick", action="store_true", help="fewer calls: seconds for a backend")

@@ -81,6 +81,9 @@ def check_backend(
     try:
         tested = subject(name, device=device, seed=seed, quick=quick)
     except NotChecked as why:
+        if row.status == registry.BROKEN:  # its declaration raises, which is nothing of this machine
+            yield Outcome(backend=row.name, check="declaration", status=FAILED, detail=str(why))
+            return
         yield Outcome(backend=row.name, check="", status=NOT_CHECKED, detail=str(why))
         return
     loads = attempt(lambda: tested.adapter)
