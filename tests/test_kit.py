@@ -17,12 +17,14 @@ from attn_core.commands.check import exit_status, report
 from attn_core.reading import read
 from attn_core.testing import (
     Case,
+    NotChecked,
     check_backend,
     checking,
     checks_of,
     compare,
     draw,
     kit,
+    recheck,
     subject,
 )
 from attn_core.testing.covering import cover
@@ -43,6 +45,7 @@ def backend(name, forward="right", constraints=LIMITS, **changes):
 def attn_backends():
     yield backend("right")
     yield backend("liar", "causal_forgotten")
+    yield backend("nan_hidden", "nan_hidden")
     yield backend("deadly", "ends_the_process")
     yield backend("for_cuda", constraints=Constraints(platforms={"cuda"}, dtypes={"float32"}, masks={"none"}))
     yield backend("lacking", needs="a_module_that_nobody_has")
@@ -71,6 +74,9 @@ def right(query, key, value, *, scale, attn_mask=None, causal=False, return_lse=
 
 def causal_forgotten(query, key, value, *, causal=False, **options):
     return right(query, key, value, **options)
+
+def nan_hidden(query, key, value, **options):
+    return right(query.nan_to_num(), key.nan_to_num(), value.nan_to_num(), **options)
 
 def ends_the_process(*arguments, **options):
     os._exit(9)
@@ -621,3 +627,23 @@ def test_a_backend_that_does_not_admit_the_plainest_call_is_tried_with_the_plain
     outcomes = list(check_backend(name, quick=True, only=asked.__contains__))
     assert len(outcomes) == 5
     assert {outcome.status for outcome in outcomes} == {kit.PASSED}, outcomes
+
+
+# --- what shows a failure -------------------------------------------------------------------------------------------------
+
+
+def test_a_check_that_changes_tensors_is_shown_by_the_smallest_call_that_it_starts_from():
+    outcome = one("nan_hidden", "nan-and-inf")
+    assert outcome.status == kit.FAILED
+    *_, line = outcome.snippet.splitlines()
+    assert line == "recheck('nan-and-inf', Case(), 'attn-kit:nan_hidden')"
+    with pytest.raises(AssertionError, match="nan in value row 2 gives finite results"):
+        exec(outcome.snippet, {})
+    exec(outcome.snippet.replace("attn-kit:nan_hidden", "right"), {})  # the same of an honest backend
+
+
+def test_a_check_is_not_run_again_on_a_call_that_it_does_not_make():
+    with pytest.raises(NotChecked, match="makes no such call"):
+        recheck("nan-and-inf", Case(dtype="float64"), "right")
+    with pytest.raises(NotChecked, match="declares nothing"):
+        recheck("softcap", Case(), "right")

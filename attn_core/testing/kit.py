@@ -11,6 +11,7 @@ from attn_core import registry
 from attn_core.guard import Raised, attempt, plain
 from attn_core.loading import refuses_itself
 from attn_core.outcomes import EXCUSED, FAILED, NOT_CHECKED, PASSED, WARNED, Outcome
+from attn_core.testing import rechecking
 from attn_core.testing.checking import Check, checks_of
 from attn_core.testing.outcomes import CheckFailed, NotChecked, snippet
 from attn_core.testing.subject import Subject, subject
@@ -28,6 +29,7 @@ def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> 
     if not tested.alive():
         detail = "an earlier check left the device unusable for this process"
         return Outcome(backend=tested.row.name, check=check.identifier, status=NOT_CHECKED, detail=detail)
+    tested.drawn.clear()
     start = time.perf_counter()
     with unusual(tested.device, USUAL):  # what a check leaves behind is nothing that the next one starts from
         outcome = attempt(partial(check, tested))
@@ -43,9 +45,18 @@ def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> 
     detail = str(outcome.error) if isinstance(outcome.error, AssertionError) else f"raises {outcome}"
     if reason is not None:
         return told(status=EXCUSED, detail=f"{reason} ({plain(detail)})")
-    case = outcome.error.case if isinstance(outcome.error, CheckFailed) else None
-    code = "" if case is None else snippet(case, tested.row.qualified_name)
+    code = _shown(check, tested, outcome.error)
     return told(status=WARNED if check.definition.new else FAILED, detail=detail, snippet=code)
+
+
+def _shown(check: Check, tested: Subject, error: BaseException) -> str:
+    """Code that shows a failure: the call, or where that alone does not show it, the check on that call; "" without one."""
+    name = tested.row.qualified_name
+    if isinstance(error, CheckFailed) and error.case is not None:
+        return snippet(error.case, name)
+    with unusual(tested.device, USUAL):
+        case = rechecking.smallest(check, tested, tuple(tested.drawn), error)
+    return "" if case is None else rechecking.snippet(check.identifier, case, name)
 
 
 def check_backend(

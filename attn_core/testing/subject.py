@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, combinations, count, islice, product, zip_longest
 from random import Random
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -29,6 +31,7 @@ from attn_core.testing.kinds import ESSENTIAL, kind_of, wished
 from attn_core.testing.lengths import other_lengths
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.shrinking import shrink
+from attn_core.testing.surroundings import USUAL, unusual
 
 if TYPE_CHECKING:
     from attn_core.declaration import BackendSpec, Constraints
@@ -293,7 +296,7 @@ class Subject:
         """
         random = self.random(f"{varied} {each}")
         wanted = max(count // 9, 2) if self.quick else max(count, len(each))
-        if self.spec.first_call_compiles:
+        if self.spec.first_call_compiles:  # none of which is told again, since each would compile
             return self._drawn_again(wanted, varied, random.sample(list(each), len(each)), where)
         if wanted < len(each):
             each = random.sample(list(each), len(each))
@@ -308,12 +311,22 @@ class Subject:
                     break
             if len(found) >= wanted:
                 break
-        return list(found) if self._takes_any_length else self._at_lengths_taken(found, where)
+        cases = list(found) if self._takes_any_length else self._at_lengths_taken(found, where)
+        self.drawn.extend(cases)
+        return cases
+
+    @cached_property
+    def drawn(self) -> list[Case]:
+        """The calls that were drawn of it, for the check that runs to say which one showed what is wrong."""
+        return []
 
     @cached_property
     def _takes_any_length(self) -> bool:
         """Whether the plainest call is taken as it is; one that is compiled for is not made to know it."""
-        return self.spec.first_call_compiles or self.taken(self.plain) == self.plain
+        attempt(lambda: self.adapter)
+        # what this call leaves behind is nothing that a check starts from
+        with patch.dict(os.environ), unusual(self.device, USUAL):
+            return self.spec.first_call_compiles or self.taken(self.plain) == self.plain
 
     def _at_lengths_taken(self, cases: Iterable[Case], where: Callable[[Case], bool] | None) -> list[Case]:
         """These calls, each at lengths that its kernel takes, where it takes it at any."""

@@ -57,7 +57,12 @@ def aliasing(subject: Subject) -> str:
         for name, tensor in before.items():
             expect(f"the {name} was changed by a later call, in {case!r}", holds=same_bits(tensor, held[name]))
         check_own_memory({f"{name} of a later call": tensor for name, tensor in later.items()}, held)
-    one: dict[str, Any] = {"queries": 1, "keys": 1}
+    one: dict[str, Any] = {
+        "queries": 1,
+        "keys": 1,
+        "heads": subject.plain.heads,
+        "return_lse": subject.plain.return_lse,
+    }
     each = [one, {}, {**one, "gradients": ALL}, {"gradients": ALL}]
     return subject.hold([*cases, *subject.draw(6, "lengths", "heads", "return_lse", each=each)])
 
