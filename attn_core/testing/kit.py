@@ -75,7 +75,8 @@ def check_backend(
         device: such as "cuda"; the fastest of this machine that it declares where not given.
         seed: where all choices come from.
         quick: fewer calls.
-        excuses: ``{check: reason}``, strict: an unknown check, or an excuse that is no longer needed, fails.
+        excuses: ``{check: reason}``, strict: an unknown check, an excuse that is no longer needed, or one without a reason,
+            fails.
         only: which identifiers to run.
 
     Raises:
@@ -88,7 +89,7 @@ def check_backend(
     row = registry.meant(name)
     excuses = excuses or {}
     if row.spec is not None:
-        yield from unknown_excuses(row.name, row.spec, excuses)
+        yield from wrong_excuses(row.name, row.spec, excuses)
     try:
         tested = subject(name, device=device, seed=seed, quick=quick)
     except NotChecked as why:
@@ -107,11 +108,14 @@ def check_backend(
         yield run_check(check, tested, excuses)
 
 
-def unknown_excuses(name: str, spec: BackendSpec, excuses: Excuses) -> list[Outcome]:
-    """A failure for each excuse that is for no check of this declaration."""
+def wrong_excuses(name: str, spec: BackendSpec, excuses: Excuses) -> list[Outcome]:
+    """A failure for each excuse that is for no check of this declaration, or that gives no reason."""
     known = {check.identifier for check in checks_of(spec)}
+    found = {identifier: f"an excuse for no check that there is: {reason}" for identifier, reason in excuses.items()}
+    unexplained = {
+        identifier: "an excuse without a reason" for identifier, reason in excuses.items() if not reason.strip()
+    }
+    wrong = {**{identifier: detail for identifier, detail in found.items() if identifier not in known}, **unexplained}
     return [
-        Outcome(backend=name, check=identifier, status=FAILED, detail=f"an excuse for no check that there is: {reason}")
-        for identifier, reason in excuses.items()
-        if identifier not in known
+        Outcome(backend=name, check=identifier, status=FAILED, detail=detail) for identifier, detail in wrong.items()
     ]
