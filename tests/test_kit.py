@@ -141,6 +141,12 @@ def test_an_excuse_for_no_check_fails():
     assert [(item.check, item.status) for item in found] == [("casual", kit.FAILED), ("causal", kit.PASSED)]
 
 
+@pytest.mark.parametrize("reason", ["", " "])
+def test_an_excuse_without_a_reason_fails(reason):
+    first, _ = check_backend("liar", excuses={"causal": reason}, only=only("causal"))
+    assert (first.check, first.status, first.detail) == ("causal", kit.FAILED, "an excuse without a reason")
+
+
 def test_a_new_check_warns_where_it_would_fail():
     (causal,) = (check for check in checks_of(registry.find("liar").spec) if check.identifier == "causal")
     new = replace(causal, definition=replace(causal.definition, new=True))
@@ -264,6 +270,16 @@ def test_only_takes_a_check_with_and_without_its_brackets(capsys):
     assert [item["check"] for item in json.loads(out)] == ["refused[softcap]"]
 
 
+def test_the_size_of_the_covering_set_and_the_share_that_rules_refuse_stand_below_the_table(capsys):
+    _, out, _ = attn_check(capsys, "causal_only", "--quick", "--only", "combinations,declared-values")
+    *_, counts, covering, refused = out.splitlines()
+    assert counts == "causal_only: 2 passed"
+    assert covering.startswith("causal_only, combinations: ")
+    assert "calls that cover" in covering
+    assert refused.startswith("causal_only, declared-values: ")
+    assert refused.endswith("% of what the data admits")
+
+
 def test_only_may_be_given_twice_and_a_backend_named_twice_is_checked_once(capsys):
     status, out, _ = attn_check(capsys, "right", "right", "--only", "causal", "--only", "scale")
     assert status == 0
@@ -302,6 +318,7 @@ def test_a_record_has_kit_date_machine_versions_and_outcomes(capsys, tmp_path):
     attn_check(capsys, "liar", "lacking", "--only", "causal,results", "--record", str(file), "--seed", "5", "--quick")
     record = json.loads(file.read_text())
     assert (record["kit"], record["seed"], record["quick"]) == (checking.KIT, 5, True)
+    assert record["only"] == ["causal", "results"]  # so that nobody takes it for the whole
     assert len(record["date"].split("-")) == 3
     assert record["machine"]
     assert record["versions"]["torch"] == torch.__version__
