@@ -454,12 +454,25 @@ class Subject:
                 continue
             refused.append((case, refusal))
             other = self.taken(case)
+            if other is None and call is None:
+                self._expect_other_than_facts(case, refusal)
             right += other is not None and self.hold_one(other, call) is None
         if refused and not right:
             case, refusal = refused[0]
             msg = f"it declares this and refuses each of {len(refused)} calls when run: {refusal}"
             raise CheckFailed(msg, case)
         return f"{right} calls" + (f", {len(refused)} refused when run" if refused else "")
+
+    def _expect_other_than_facts(self, case: Case, refusal: AttnError) -> None:
+        """Fail where a call without a mask is refused when run at whatever lengths, although nothing but facts is left of it."""
+        contiguous = ("contiguous",) * 3
+        bare = replace(case, batch=1, scale=None, amplitude=1.0, layouts=contiguous, grad_layout=contiguous[0], seed=0)
+        if case.mask == "none" and self.admits(bare) and self.taken(bare) is None:
+            msg = (
+                f"it declares this and refuses it when run, at whatever lengths: {refusal}. What facts of a call decide "
+                "belongs into the declaration, as a No or a Rule"
+            )
+            raise CheckFailed(msg, bare)
 
     def hold_one(self, case: Case, call: Callable[..., Any] | None = None) -> AttnError | None:
         """Hold one call to the reference: None where it is right, the adapter's own refusal where it refuses."""

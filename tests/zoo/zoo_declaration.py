@@ -82,6 +82,7 @@ def attn_backends():
         if given.pop("context_parallel", None):
             given["context_parallel"] = No("it is no kernel for that")
         yield replace(whole, name=name, constraints=replace(limits, **abilities), **given)
+    yield replace(whole, name="softcap_beside_causal_refused_when_run", forward="zoo_refusing:softcap_beside_causal")
     without = {**vars(limits), "softcap": No("no softcap"), "rules": ()}
     yield replace(whole, name="no_that_is_admitted", constraints=Loose(**without))
     everything = Rule("softcap is not for everybody", lambda facts: facts.softcap)

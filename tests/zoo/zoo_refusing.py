@@ -18,3 +18,11 @@ def decoding(query, key, value, **options):
         msg = "it is for decoding, one query at a time"
         raise CallRefused(msg)
     return adapter.forward(query, key, value, **options)
+
+
+def softcap_beside_causal(query, key, value, *, softcap=None, causal=False, **options):
+    """Refuses when run what its declaration, which has the facts, admits."""
+    if softcap is not None and causal:
+        msg = "softcap and causal exclude one another"
+        raise CallRefused(msg)
+    return adapter.forward(query, key, value, softcap=softcap, causal=causal, **options)
