@@ -33,14 +33,18 @@ class Kind:
         about: one line for people.
         summary: what the declaration says of the kernel, with ``$name``.
         note: a further paragraph of the package's README.
-        install: what CI installs beside it.
+        test: what its tests need beside what every kind's do.
+        settings: how its tests call the kit, beside its name.
+        imports: what its tests import for that.
         environment: what CI sets for the tests.
     """
 
     about: str
     summary: str
     note: str = ""
-    install: str = ""
+    test: tuple[str, ...] = ()
+    settings: str = ""
+    imports: str = ""
     environment: str = ""
 
 
@@ -49,8 +53,11 @@ KINDS = {
     "triton": Kind(
         "a Triton kernel, on a GPU or, interpreted, on a CPU",
         "$name, attention in Triton, forward only",
-        note="\n\nWithout a GPU, `TRITON_INTERPRET=1 pytest` runs the kernel in Triton's interpreter.",
-        install="\n      - run: pip install triton",
+        note="\n\nWithout a GPU, `TRITON_INTERPRET=1 pytest` runs the kernel in Triton's interpreter. That is slow, so the tests"
+        "\nmake fewer calls there, as `TRITON_INTERPRET=1 attn check $name --quick` does.",
+        test=("numpy", "triton; sys_platform == 'linux'"),
+        settings=", quick=INTERPRETED",
+        imports="\n\nfrom $package.plugin import INTERPRETED",
         environment='\n        env:\n          TRITON_INTERPRET: "1"',
     ),
     "library": Kind(
@@ -59,6 +66,9 @@ KINDS = {
         note="\n\nWhere `$library` is not installed, `attn list-backends` says how to install it, and the tests are skipped.",
     ),
 }
+
+_TEST = ("pytest", "build")
+"""What authors install to work on a package of any kind."""
 
 _WORD = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 """What makes the name of a distribution too, once its underscores are hyphens."""
@@ -170,7 +180,9 @@ def _texts(name: str, kind: str, library: str) -> dict[str, str]:
     about = KINDS[kind]
     known["summary"] = Template(about.summary).substitute(known)
     known["note"] = Template(about.note).substitute(known)
-    known |= {"install": about.install, "environment": about.environment}
+    known["imports"] = Template(about.imports).substitute(known)
+    known |= {"settings": about.settings, "environment": about.environment}
+    known["test"] = ", ".join(f'"{requirement}"' for requirement in (*_TEST, *about.test))
     templates = files("attn_core").joinpath("templates")
 
     def text(folder: Traversable, file: str) -> str:

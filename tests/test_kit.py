@@ -17,11 +17,14 @@ from attn_core.commands.check import exit_status, report
 from attn_core.reading import read
 from attn_core.testing import (
     Case,
+    NotChecked,
     check_backend,
     checking,
     checks_of,
+    compare,
     draw,
     kit,
+    recheck,
     subject,
 )
 from attn_core.testing.covering import cover
@@ -42,6 +45,7 @@ def backend(name, forward="right", constraints=LIMITS, **changes):
 def attn_backends():
     yield backend("right")
     yield backend("liar", "causal_forgotten")
+    yield backend("nan_hidden", "nan_hidden")
     yield backend("deadly", "ends_the_process")
     yield backend("for_cuda", constraints=Constraints(platforms={"cuda"}, dtypes={"float32"}, masks={"none"}))
     yield backend("lacking", needs="a_module_that_nobody_has")
@@ -70,6 +74,9 @@ def right(query, key, value, *, scale, attn_mask=None, causal=False, return_lse=
 
 def causal_forgotten(query, key, value, *, causal=False, **options):
     return right(query, key, value, **options)
+
+def nan_hidden(query, key, value, **options):
+    return right(query.nan_to_num(), key.nan_to_num(), value.nan_to_num(), **options)
 
 def ends_the_process(*arguments, **options):
     os._exit(9)
@@ -134,6 +141,12 @@ def test_an_excuse_for_no_check_fails():
     assert [(item.check, item.status) for item in found] == [("casual", kit.FAILED), ("causal", kit.PASSED)]
 
 
+@pytest.mark.parametrize("reason", ["", " "])
+def test_an_excuse_without_a_reason_fails(reason):
+    first, _ = check_backend("liar", excuses={"causal": reason}, only=only("causal"))
+    assert (first.check, first.status, first.detail) == ("causal", kit.FAILED, "an excuse without a reason")
+
+
 def test_a_new_check_warns_where_it_would_fail():
     (causal,) = (check for check in checks_of(registry.find("liar").spec) if check.identifier == "causal")
     new = replace(causal, definition=replace(causal.definition, new=True))
@@ -146,7 +159,7 @@ def test_a_new_check_warns_where_it_would_fail():
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("lacking", "a_module_that_nobody_has"), ("sick", "not today"), ("for_cuda", "cuda"), ("nobodys", None)],
+    [("lacking", "a_module_that_nobody_has"), ("for_cuda", "cuda"), ("nobodys", None)],
 )
 def test_a_backend_that_cannot_be_checked_here_is_not_checked_and_says_why(name, why):
     if name == "nobodys":
@@ -158,6 +171,15 @@ def test_a_backend_that_cannot_be_checked_here_is_not_checked_and_says_why(name,
     assert (outcome.check, outcome.status) == ("", kit.NOT_CHECKED)
     assert why in outcome.detail
     assert exit_status([outcome]) == 3
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradients": ("query",)}, {"deterministic": True}])
+def test_nan_is_told_as_a_wrong_number_and_not_as_a_change(fields):
+    def call(query, key, value, **options):
+        return query * torch.nan
+
+    with pytest.raises(AssertionError, match="found nan, expected"):
+        compare(Case(**fields), call)
 
 
 def test_what_a_check_raises_is_a_failure_that_names_it():
@@ -195,7 +217,14 @@ def test_a_failure_exits_1_with_a_snippet_that_shows_it(capsys):
     exec(code.replace("attn-kit:liar", "right"), {})  # the same call of an honest backend
 
 
-@pytest.mark.parametrize("name", ["lacking", "sick", "for_cuda"])
+def test_a_declaration_that_raises_fails_and_exits_1(capsys):
+    status, out, _ = attn_check(capsys, "sick")
+    assert status == 1
+    assert "failed: sick, declaration: " in out
+    assert "RuntimeError: not today" in out
+
+
+@pytest.mark.parametrize("name", ["lacking", "for_cuda"])
 def test_a_backend_that_cannot_be_checked_exits_3_and_says_why(capsys, name):
     if name == "for_cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -241,6 +270,16 @@ def test_only_takes_a_check_with_and_without_its_brackets(capsys):
     assert [item["check"] for item in json.loads(out)] == ["refused[softcap]"]
 
 
+def test_the_size_of_the_covering_set_and_the_share_that_rules_refuse_stand_below_the_table(capsys):
+    _, out, _ = attn_check(capsys, "causal_only", "--quick", "--only", "combinations,declared-values")
+    *_, counts, covering, refused = out.splitlines()
+    assert counts == "causal_only: 2 passed"
+    assert covering.startswith("causal_only, combinations: ")
+    assert "calls that cover" in covering
+    assert refused.startswith("causal_only, declared-values: ")
+    assert refused.endswith("% of what the data admits")
+
+
 def test_only_may_be_given_twice_and_a_backend_named_twice_is_checked_once(capsys):
     status, out, _ = attn_check(capsys, "right", "right", "--only", "causal", "--only", "scale")
     assert status == 0
@@ -279,6 +318,7 @@ def test_a_record_has_kit_date_machine_versions_and_outcomes(capsys, tmp_path):
     attn_check(capsys, "liar", "lacking", "--only", "causal,results", "--record", str(file), "--seed", "5", "--quick")
     record = json.loads(file.read_text())
     assert (record["kit"], record["seed"], record["quick"]) == (checking.KIT, 5, True)
+    assert record["only"] == ["causal", "results"]  # so that nobody takes it for the whole
     assert len(record["date"].split("-")) == 3
     assert record["machine"]
     assert record["versions"]["torch"] == torch.__version__
@@ -505,6 +545,12 @@ def test_many_head_dims_are_all_of_a_set_or_of_a_short_range_and_of_a_long_one_t
         assert declared is None or {16, 256} <= found <= set(declared)
 
 
+def test_autocast_never_meets_a_float_mask_of_another_dtype_than_a_query_of_float64():
+    """It would cast the mask and leave the query."""
+    case = subject("right").case(dtype="float64", mask="float", mask_dtype="float32", autocast="float16")
+    assert case.mask_dtype == "same"
+
+
 def test_what_is_met_already_is_not_covered_again_and_completions_are_looked_for_around_each_base():
     met = [((0, 1),), ((1, 1),)]
     assert not cover([2, 2], lambda row: row == (0, 0), Random(0), strength=1, met=[*met, ((0, 0),), ((1, 0),)]).rows
@@ -598,3 +644,23 @@ def test_a_backend_that_does_not_admit_the_plainest_call_is_tried_with_the_plain
     outcomes = list(check_backend(name, quick=True, only=asked.__contains__))
     assert len(outcomes) == 5
     assert {outcome.status for outcome in outcomes} == {kit.PASSED}, outcomes
+
+
+# --- what shows a failure -------------------------------------------------------------------------------------------------
+
+
+def test_a_check_that_changes_tensors_is_shown_by_the_smallest_call_that_it_starts_from():
+    outcome = one("nan_hidden", "nan-and-inf")
+    assert outcome.status == kit.FAILED
+    *_, line = outcome.snippet.splitlines()
+    assert line == "recheck('nan-and-inf', Case(), 'attn-kit:nan_hidden')"
+    with pytest.raises(AssertionError, match="nan in value row 2 gives finite results"):
+        exec(outcome.snippet, {})
+    exec(outcome.snippet.replace("attn-kit:nan_hidden", "right"), {})  # the same of an honest backend
+
+
+def test_a_check_is_not_run_again_on_a_call_that_it_does_not_make():
+    with pytest.raises(NotChecked, match="makes no such call"):
+        recheck("nan-and-inf", Case(dtype="float64"), "right")
+    with pytest.raises(NotChecked, match="declares nothing"):
+        recheck("softcap", Case(), "right")

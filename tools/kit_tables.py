@@ -62,8 +62,9 @@ def _run(file: Path) -> str:
     record = json.loads(file.read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     how = "quick" if record["quick"] else "full"
+    alone = f", of {', '.join(record['only'])} alone" if record.get("only") else ""
     told = [f"### {record['date']}, {record['machine']}, kit {record['kit']}", ""]
-    told += [f"{versions}. A {how} run with seed {record['seed']}: [{file.name}](verified/{file.name}).", ""]
+    told += [f"{versions}. A {how} run with seed {record['seed']}{alone}: [{file.name}](verified/{file.name}).", ""]
     told += ["| backend | wheel | " + " | ".join(STATUSES) + " |", "| --- | --- |" + " ---: |" * len(STATUSES)]
     told += [_row(name, backend) for name, backend in record["backends"].items()]
     remarks = [line for name, backend in record["backends"].items() for line in _remarks(name, backend["outcomes"])]

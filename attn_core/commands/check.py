@@ -32,8 +32,8 @@ _NAMED = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.epilog = (
-        "exit status: 0 all passed; 1 a check failed; 2 refused, as a name that nobody has; 3 nothing failed, but of a backend "
-        "nothing could be checked here"
+        "exit status: 0 all passed; 1 a check failed, or a declaration raises; 2 refused, as a name that nobody has; "
+        "3 nothing failed, but of a backend nothing could be checked here"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="backends; every installed one where none is given")
     parser.add_argument("--quick", action="store_true", help="fewer calls: seconds for a backend")
@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.record is not None:
         from attn_core.testing.recording import write
 
-        write(arguments.record, outcomes, quick=arguments.quick, seed=arguments.seed)
+        only = None if arguments.only is None else _wanted(arguments)
+        write(arguments.record, outcomes, quick=arguments.quick, seed=arguments.seed, only=only)
     if arguments.json:
         from json import dumps
 
@@ -245,4 +246,15 @@ def _remarks(outcomes: Sequence[Outcome]) -> list[str]:
             for status in (statuses.PASSED, statuses.FAILED, statuses.WARNED, statuses.EXCUSED, statuses.NOT_CHECKED)
         ]
         lines.append(f"{name}: {', '.join(item for item in told if not item.startswith('0 '))}")
+        lines += [f"{name}, {check}: {detail}" for check, detail in _how_much(name, outcomes)]
     return lines
+
+
+def _how_much(name: str, outcomes: Sequence[Outcome]) -> Iterator[tuple[str, str]]:
+    """How large the covering set of a backend is, and the share of drawn calls that it refuses: of checks that passed."""
+    own = [item for item in outcomes if item.backend == name and item.status == statuses.PASSED]
+    sets = dict.fromkeys(
+        item.detail.partition(", of ")[2] for item in own if item.check.partition("[")[0] == "combinations"
+    )
+    yield from (("combinations", told) for told in sets if told)
+    yield from ((item.check, item.detail) for item in own if item.check == "declared-values")

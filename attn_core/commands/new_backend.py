@@ -39,6 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
         f"  attn list-backends\n"
         f"  pytest\n"
         f"  attn check {arguments.name}\n"
-        f"  python -m pip install build && python -m build"
+        f"  python -m build"
     )
     return 0

@@ -9,6 +9,7 @@ from attn_core.testing.drawing import Case, draw
 from attn_core.testing.kit import check_backend
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.parametrizing import KitWarning, parametrize_with_checks
+from attn_core.testing.rechecking import recheck
 from attn_core.testing.reference import reference
 from attn_core.testing.subject import Subject, subject
 from attn_core.testing.tolerances import Bounds, assert_close, bounds, tolerance
@@ -30,6 +31,7 @@ __all__ = [
     "compare",
     "draw",
     "parametrize_with_checks",
+    "recheck",
     "reference",
     "subject",
     "tolerance",

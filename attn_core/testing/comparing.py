@@ -47,7 +47,7 @@ def _compare(case: Case, call: Callable[..., Any], numerics: Exact | Approximate
     built = case.build()
     before = {name: _bits(tensor) for name, tensor in built.inputs().items()}
     try:
-        result = _call(case, built, call)
+        result = called(case, built, call)
     except KernelError as lie:
         raise AssertionError(str(lie)) from lie
     except AttnError as refusal:
@@ -75,7 +75,8 @@ def expect(message: str, *, holds: bool) -> None:
         raise AssertionError(message)
 
 
-def _call(case: Case, built: Built, call: Callable[..., Any]) -> Any:
+def called(case: Case, built: Built, call: Callable[..., Any]) -> Any:
+    """Make the call with the autocast and the mode of the case (but for inference mode)."""
     device = torch.device(case.device).type
     autocast = nullcontext() if case.autocast is None else torch.autocast(device, getattr(torch, case.autocast))
     with autocast, torch.set_grad_enabled(case.mode == "grad"):
@@ -91,7 +92,18 @@ def _bits(tensor: Any) -> Any:
 
 
 def _same(before: Any, after: Any) -> bool:
-    return before is None or (before[0] == after[0] and bool(before[1].equal(after[1])))
+    return before is None or (before[0] == after[0] and same_bits(before[1], after[1]))
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of a shape and dtype have the same bits: NaN is then equal to itself.
+
+    >>> import torch
+    >>> same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan])), same_bits(torch.zeros(1), torch.ones(1))
+    (True, False)
+    """
+    raw = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*raw)
 
 
 def effective(case: Case) -> torch.dtype:
@@ -244,10 +256,10 @@ def _given(tensor: torch.Tensor, case: Case) -> torch.Tensor:
 def _check_same_bits(
     case: Case, built: Built, call: Callable[..., Any], out: torch.Tensor, found: dict[str, torch.Tensor]
 ) -> None:
-    again = _call(case, built, call)
+    again = called(case, built, call)
     again = again[0] if case.return_lse else again
-    expect("not the same result twice", holds=torch.equal(out, again))
+    expect("not the same result twice", holds=same_bits(out, again))
     for name, gradient in _gradients(case, built, again, built.grad_out.to(again.dtype)).items():
-        expect(f"not the same gradient of {name} twice", holds=torch.equal(found[name], gradient))
+        expect(f"not the same gradient of {name} twice", holds=same_bits(found[name], gradient))
     if out.numel():
         expect("two results share memory", holds=_address(out) != _address(again))

@@ -11,6 +11,7 @@ from attn_core import registry
 from attn_core.guard import Raised, attempt, plain
 from attn_core.loading import refuses_itself
 from attn_core.outcomes import EXCUSED, FAILED, NOT_CHECKED, PASSED, WARNED, Outcome
+from attn_core.testing import rechecking
 from attn_core.testing.checking import Check, checks_of
 from attn_core.testing.outcomes import CheckFailed, NotChecked, snippet
 from attn_core.testing.subject import Subject, subject
@@ -28,6 +29,7 @@ def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> 
     if not tested.alive():
         detail = "an earlier check left the device unusable for this process"
         return Outcome(backend=tested.row.name, check=check.identifier, status=NOT_CHECKED, detail=detail)
+    tested.drawn.clear()
     start = time.perf_counter()
     with unusual(tested.device, USUAL):  # what a check leaves behind is nothing that the next one starts from
         outcome = attempt(partial(check, tested))
@@ -43,9 +45,18 @@ def run_check(check: Check, tested: Subject, excuses: Excuses | None = None) -> 
     detail = str(outcome.error) if isinstance(outcome.error, AssertionError) else f"raises {outcome}"
     if reason is not None:
         return told(status=EXCUSED, detail=f"{reason} ({plain(detail)})")
-    case = outcome.error.case if isinstance(outcome.error, CheckFailed) else None
-    code = "" if case is None else snippet(case, tested.row.qualified_name)
+    code = _shown(check, tested, outcome.error)
     return told(status=WARNED if check.definition.new else FAILED, detail=detail, snippet=code)
+
+
+def _shown(check: Check, tested: Subject, error: BaseException) -> str:
+    """Code that shows a failure: the call, or where that alone does not show it, the check on that call; "" without one."""
+    name = tested.row.qualified_name
+    if isinstance(error, CheckFailed) and error.case is not None:
+        return snippet(error.case, name)
+    with unusual(tested.device, USUAL):
+        case = rechecking.smallest(check, tested, tuple(tested.drawn), error)
+    return "" if case is None else rechecking.snippet(check.identifier, case, name)
 
 
 def check_backend(
@@ -64,7 +75,8 @@ def check_backend(
         device: such as "cuda"; the fastest of this machine that it declares where not given.
         seed: where all choices come from.
         quick: fewer calls.
-        excuses: ``{check: reason}``, strict: an unknown check, or an excuse that is no longer needed, fails.
+        excuses: ``{check: reason}``, strict: an unknown check, an excuse that is no longer needed, or one without a reason,
+            fails.
         only: which identifiers to run.
 
     Raises:
@@ -77,10 +89,13 @@ def check_backend(
     row = registry.meant(name)
     excuses = excuses or {}
     if row.spec is not None:
-        yield from unknown_excuses(row.name, row.spec, excuses)
+        yield from wrong_excuses(row.name, row.spec, excuses)
     try:
         tested = subject(name, device=device, seed=seed, quick=quick)
     except NotChecked as why:
+        if row.status == registry.BROKEN:  # its declaration raises, which is nothing of this machine
+            yield Outcome(backend=row.name, check="declaration", status=FAILED, detail=str(why))
+            return
         yield Outcome(backend=row.name, check="", status=NOT_CHECKED, detail=str(why))
         return
     loads = attempt(lambda: tested.adapter)
@@ -93,11 +108,14 @@ def check_backend(
         yield run_check(check, tested, excuses)
 
 
-def unknown_excuses(name: str, spec: BackendSpec, excuses: Excuses) -> list[Outcome]:
-    """A failure for each excuse that is for no check of this declaration."""
+def wrong_excuses(name: str, spec: BackendSpec, excuses: Excuses) -> list[Outcome]:
+    """A failure for each excuse that is for no check of this declaration, or that gives no reason."""
     known = {check.identifier for check in checks_of(spec)}
+    found = {identifier: f"an excuse for no check that there is: {reason}" for identifier, reason in excuses.items()}
+    unexplained = {
+        identifier: "an excuse without a reason" for identifier, reason in excuses.items() if not reason.strip()
+    }
+    wrong = {**{identifier: detail for identifier, detail in found.items() if identifier not in known}, **unexplained}
     return [
-        Outcome(backend=name, check=identifier, status=FAILED, detail=f"an excuse for no check that there is: {reason}")
-        for identifier, reason in excuses.items()
-        if identifier not in known
+        Outcome(backend=name, check=identifier, status=FAILED, detail=detail) for identifier, detail in wrong.items()
     ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from attn_core import registry
 from attn_core.outcomes import EXCUSED, FAILED, NOT_CHECKED, WARNED
 from attn_core.testing.checking import Check, checks_of
-from attn_core.testing.kit import Excuses, run_check, unknown_excuses
+from attn_core.testing.kit import Excuses, run_check, wrong_excuses
 from attn_core.testing.outcomes import NotChecked
 from attn_core.testing.subject import Subject, subject
 
@@ -88,8 +88,8 @@ def parametrize_with_checks(
 
     Args:
         names: backends; of installed wheels, since the checks come from the declarations.
-        excuses: ``{check: reason}`` for failures that are known; strict: an unknown check, or an excuse that is no longer
-            needed, fails.
+        excuses: ``{check: reason}`` for failures that are known; strict: an unknown check, an excuse that is no longer needed, or
+            one without a reason, fails.
         device: such as "cuda"; the fastest of this machine that a backend declares where not given.
         seed: where all choices come from.
         quick: fewer calls.
@@ -118,7 +118,7 @@ def _bound(name: str, excuses: Excuses, settings: dict[str, Any]) -> Iterator[Bo
     if row.spec is None:
         yield BoundCheck(name, None, str(row), excuses, settings, "declaration")
         return
-    for problem in unknown_excuses(row.name, row.spec, excuses):
+    for problem in wrong_excuses(row.name, row.spec, excuses):
         yield BoundCheck(name, None, f"{problem.check}: {problem.detail}", excuses, settings)
     for check in checks_of(row.spec):
         yield BoundCheck(name, check, "", excuses, settings)

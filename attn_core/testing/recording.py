@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from attn_core.outcomes import Outcome
 
 
-def write(file: Path, outcomes: Sequence[Outcome], *, quick: bool, seed: int) -> None:
+def write(
+    file: Path, outcomes: Sequence[Outcome], *, quick: bool, seed: int, only: Sequence[str] | None = None
+) -> None:
     """Write the outcomes of a run as JSON.
 
     Args:
@@ -29,11 +31,13 @@ def write(file: Path, outcomes: Sequence[Outcome], *, quick: bool, seed: int) ->
         outcomes: of the run.
         quick: whether it was a quick one.
         seed: where its choices came from.
+        only: the checks that it was confined to; None where it had all.
     """
-    file.write_text(json.dumps(record(outcomes, quick=quick, seed=seed), indent=1) + "\n", encoding="utf-8")
+    found = record(outcomes, quick=quick, seed=seed, only=only)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def record(outcomes: Iterable[Outcome], *, quick: bool, seed: int) -> dict[str, Any]:
+def record(outcomes: Iterable[Outcome], *, quick: bool, seed: int, only: Sequence[str] | None = None) -> dict[str, Any]:
     """The run as plain data: kit, date, machine, versions, and each backend's outcomes."""
     outcomes = list(outcomes)
     names = dict.fromkeys(outcome.backend for outcome in outcomes)
@@ -42,6 +46,7 @@ def record(outcomes: Iterable[Outcome], *, quick: bool, seed: int) -> dict[str, 
         "kit": KIT,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "quick": quick,
+        **({} if only is None else {"only": list(only)}),
         "seed": seed,
         "machine": machine(),
         "versions": versions(row.distribution for row in rows.values() if row.distribution is not None),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, combinations, count, islice, product, zip_longest
 from random import Random
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,14 +22,16 @@ from attn_core.guard import Raised, attempt
 from attn_core.probe import devices
 from attn_core.reading import device_facts
 from attn_core.requirements import library_reason
-from attn_core.testing.comparing import compare
+from attn_core.testing.comparing import called, compare
 from attn_core.testing.covering import cover
 from attn_core.testing.drawing import Case
 from attn_core.testing.facing import facts_of
 from attn_core.testing.head_dims import many_head_dims, representative_head_dims
 from attn_core.testing.kinds import ESSENTIAL, kind_of, wished
+from attn_core.testing.lengths import other_lengths
 from attn_core.testing.outcomes import CheckFailed, NotChecked
 from attn_core.testing.shrinking import shrink
+from attn_core.testing.surroundings import USUAL, unusual
 
 if TYPE_CHECKING:
     from attn_core.declaration import BackendSpec, Constraints
@@ -62,7 +66,7 @@ FACTORS: Mapping[str, tuple[Fragment, ...]] = {
         _lengths(33, 5), _lengths(70, 1), _lengths(7, 530),
     ),
     "batch": ({"batch": 2}, {"batch": 1}, {"batch": 3}),
-    "heads": ({"heads": (2, 2)}, {"heads": (4, 2)}, {"heads": (6, 2)}, {"heads": (4, 1)}, {"heads": (3, 3)}),
+    "heads": tuple({"heads": heads} for heads in ((2, 2), (4, 2), (6, 2), (4, 1), (3, 3), (8, 8), (8, 1), (16, 2))),
     "mask": (
         {"mask": "none"}, {"mask": "key_padding"}, {"mask": "key_padding", "mask_hides": "left"},
         {"mask": "packed", "batch": 1}, {"mask": "bool"}, {"mask": "bool", "mask_once": (False, True, False, False)},
@@ -255,7 +259,7 @@ class Subject:
         return any(self.admits(self.case(*{**base, **changes}.values())) for base in self._bases)
 
     def case(self, *fragments: Fragment, **fields: Any) -> Case:
-        """Make a case on this device of these fields; a packed one has a batch of one."""
+        """Make a case on this device of these fields, changed where they make no sense together: a packed one has one batch."""
         given: dict[str, Any] = {"device": str(self.device)}
         for fragment in fragments:
             given.update(fragment)
@@ -264,6 +268,8 @@ class Subject:
             given["batch"] = 1
         if given.get("mask") != "float":
             given["gradients"] = tuple(name for name in given.get("gradients", ()) if name != "attn_mask")
+        if given.get("autocast") and given.get("dtype") == "float64":
+            given["mask_dtype"] = "same"  # autocast leaves float64 as it is, and would make another one of the mask
         return Case(**given)
 
     @property
@@ -291,7 +297,7 @@ class Subject:
         """
         random = self.random(f"{varied} {each}")
         wanted = max(count // 9, 2) if self.quick else max(count, len(each))
-        if self.spec.first_call_compiles:
+        if self.spec.first_call_compiles:  # none of which is told again, since each would compile
             return self._drawn_again(wanted, varied, random.sample(list(each), len(each)), where)
         if wanted < len(each):
             each = random.sample(list(each), len(each))
@@ -306,7 +312,37 @@ class Subject:
                     break
             if len(found) >= wanted:
                 break
-        return list(found)
+        cases = list(found) if self._takes_any_length else self._at_lengths_taken(found, where)
+        self.drawn.extend(cases)
+        return cases
+
+    @cached_property
+    def drawn(self) -> list[Case]:
+        """The calls that were drawn of it, for the check that runs to say which one showed what is wrong."""
+        return []
+
+    @cached_property
+    def _takes_any_length(self) -> bool:
+        """Whether the plainest call is taken as it is; one that is compiled for is not made to know it."""
+        attempt(lambda: self.adapter)
+        # what this call leaves behind is nothing that a check starts from
+        with patch.dict(os.environ), unusual(self.device, USUAL):
+            return self.spec.first_call_compiles or self.taken(self.plain) == self.plain
+
+    def _at_lengths_taken(self, cases: Iterable[Case], where: Callable[[Case], bool] | None) -> list[Case]:
+        """These calls, each at lengths that its kernel takes, where it takes it at any."""
+        moved = ((case, self.taken(case)) for case in cases)
+        return list(dict.fromkeys(item if item and (where is None or where(item)) else case for case, item in moved))
+
+    def taken(self, case: Case) -> Case | None:
+        """The call, at its own lengths or else at others, as the adapter takes it; None where it refuses all when run."""
+        each = chain([case], filter(self.admits, other_lengths(case)))
+        return next((item for item in each if not self.refuses_when_run(item)), None)
+
+    def refuses_when_run(self, case: Case) -> bool:
+        """Whether the adapter itself refuses a call that the declaration admits."""
+        found = attempt(partial(called, case, case.build(), self.call))
+        return isinstance(found, Raised) and isinstance(found.error, CallRefused)
 
     def _drawn_again(
         self, wanted: int, varied: Sequence[str], each: Sequence[Fragment], where: Callable[[Case], bool] | None
@@ -402,7 +438,8 @@ class Subject:
     def hold(self, cases: Iterable[Case], call: Callable[..., Any] | None = None) -> str:
         """Hold each of these calls to the reference, made by ``attention`` or by ``call``.
 
-        A call may be refused by the adapter itself, since lengths are not among the facts; not all of them may.
+        A call may be refused by the adapter itself, since lengths are not among the facts; then it is made at other lengths.
+        Not all of them may be refused.
 
         Returns:
             How many were right, and how many refused.
@@ -415,13 +452,28 @@ class Subject:
             refusal = self.hold_one(case, call)
             if refusal is None:
                 right += 1
-            else:
-                refused.append((case, refusal))
+                continue
+            refused.append((case, refusal))
+            other = self.taken(case)
+            if other is None and call is None:
+                self._expect_other_than_facts(case, refusal)
+            right += other is not None and self.hold_one(other, call) is None
         if refused and not right:
             case, refusal = refused[0]
             msg = f"it declares this and refuses each of {len(refused)} calls when run: {refusal}"
             raise CheckFailed(msg, case)
         return f"{right} calls" + (f", {len(refused)} refused when run" if refused else "")
+
+    def _expect_other_than_facts(self, case: Case, refusal: AttnError) -> None:
+        """Fail where a call without a mask is refused when run at whatever lengths, although nothing but facts is left of it."""
+        contiguous = ("contiguous",) * 3
+        bare = replace(case, batch=1, scale=None, amplitude=1.0, layouts=contiguous, grad_layout=contiguous[0], seed=0)
+        if case.mask == "none" and self.admits(bare) and self.taken(bare) is None:
+            msg = (
+                f"it declares this and refuses it when run, at whatever lengths: {refusal}. What facts of a call decide "
+                "belongs into the declaration, as a No or a Rule"
+            )
+            raise CheckFailed(msg, bare)
 
     def hold_one(self, case: Case, call: Callable[..., Any] | None = None) -> AttnError | None:
         """Hold one call to the reference: None where it is right, the adapter's own refusal where it refuses."""
@@ -429,6 +481,8 @@ class Subject:
         if not isinstance(found, Raised):
             return found
         if call is not None:  # what shows it is more than the case
+            if self.refuses_when_run(case):  # which what traces it hides behind an error of its own
+                return CallRefused(str(found.error))
             msg = f"{_told(found)}, in {case!r}"
             raise CheckFailed(msg) from found.error
         if not self.alive():

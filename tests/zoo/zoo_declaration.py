@@ -44,6 +44,24 @@ def narrow(whole, limits):
     yield made(name="for_float8_too", constraints=Constraints(**{**little, "dtypes": {"bfloat16", *dtypes}}))
 
 
+def particular(whole, limits):
+    """Honest ones that serve one thing alone, or refuse lengths when run."""
+    narrow = {**vars(limits), "dtypes": {"float32"}, "softcap": No("no"), "value_head_dim": No("no")}
+    eights = (Rule("query heads in eights", lambda facts: facts.heads % 8 != 0),)
+    groups = (Rule("8 query heads to a key head", lambda facts: facts.heads != 8 * facts.key_heads),)
+    one_key = (Rule("one key head", lambda facts: facts.key_heads != 1),)
+    windows = (Rule("windows alone", lambda facts: facts.window_size is None),)
+    for name, rules in (("eights", eights), ("groups_of_8", groups), ("one_key_head", one_key), ("windows", windows)):
+        yield replace(whole, name=f"honest_for_{name}", constraints=Constraints(**{**narrow, "rules": rules}))
+    alone = partial(replace, whole, context_parallel=No("no"))
+    yield alone(name="honest_for_packed", constraints=Constraints(**{**narrow, "masks": {"packed"}}))
+    yield alone(name="honest_in_blocks", constraints=Constraints(**narrow), forward="zoo_refusing:in_blocks")
+    decoding = {**narrow, "backward": No("inference alone")}
+    yield alone(
+        name="honest_decoding", constraints=Constraints(**decoding), forward="zoo_refusing:decoding", backward=None
+    )
+
+
 @hookimpl
 def attn_backends():
     import zoo_corners  # noqa: F401 (it adds to the lies)
@@ -58,12 +76,14 @@ def attn_backends():
     yield replace(whole, name="honest")
     yield replace(whole, name="honest_compiling", first_call_compiles=True)
     yield from narrow(whole, limits)
+    yield from particular(whole, limits)
     for name, (_, changes) in zoo_kernels.LIES.items():
         given = dict(changes)
         abilities = {key: given.pop(key) for key in ("dropout", "mask_gradient", "vmap") if key in given}
         if given.pop("context_parallel", None):
             given["context_parallel"] = No("it is no kernel for that")
         yield replace(whole, name=name, constraints=replace(limits, **abilities), **given)
+    yield replace(whole, name="softcap_beside_causal_refused_when_run", forward="zoo_refusing:softcap_beside_causal")
     without = {**vars(limits), "softcap": No("no softcap"), "rules": ()}
     yield replace(whole, name="no_that_is_admitted", constraints=Loose(**without))
     everything = Rule("softcap is not for everybody", lambda facts: facts.softcap)

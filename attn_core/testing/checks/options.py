@@ -69,7 +69,7 @@ def softcap(subject: Subject) -> str:
 @check("gqa", when=declared("gqa"))
 def gqa(subject: Subject) -> str:
     """Query head h reads key head h // (Hq / Hkv)."""
-    pairs = ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2))
+    pairs = ((4, 2), (6, 2), (4, 1), (6, 3), (8, 2), (8, 1))
     each = [{**lengths, "heads": heads} for heads in pairs for lengths in ACROSS]
     wide = [
         {**lengths, "heads": heads, "batch": 1} for heads in WIDE for lengths in (ACROSS[0], {"queries": 1, "keys": 70})

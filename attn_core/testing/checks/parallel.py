@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from attn_core.testing.subject import Subject
 
 RANKS = 3
+LENGTH = 64 * RANKS
+"""Of a whole sequence, so that each part is of a length that most kernels take."""
 SLACK = 2
 """The pieces round as the whole does, and their sum once more."""
 
@@ -34,13 +36,16 @@ def _mode(name: str) -> Callable[[BackendSpec], bool]:
     return declares
 
 
-def _cases(subject: Subject, **fields: Any) -> list[Case]:
-    """Calls of as many queries as keys, of RANKS equal parts."""
-    each = [
-        {"queries": 16 * RANKS, "keys": None, "mask": "none", "causal": causal, **fields} for causal in (False, True)
-    ]
+def _cases(subject: Subject) -> list[Case]:
+    """Calls without a mask or window, of as many queries as keys, of RANKS equal parts."""
+    whole = {"keys": None, "mask": "none", "window_size": None, "return_lse": True}
+    each = [{**whole, "queries": LENGTH, "causal": causal} for causal in (False, True)]
     cases = subject.draw(6, "dtype", "heads", "scale", "softcap", each=each)
-    return [case for case in cases if case.mask == "none" and case.queries == 16 * RANKS and case.keys is None]
+    cases = [case for case in cases if all(getattr(case, name) == value for name, value in whole.items())]
+    if not cases:
+        msg = "it admits no call with lse, and without a mask or window, of whole sequences"
+        raise NotChecked(msg)
+    return [case for case in cases if case.queries % RANKS == 0]
 
 
 def _parts(case: Case) -> list[tuple[slice, slice, bool]]:
@@ -84,8 +89,8 @@ def _merged(subject: Subject, built: Built, case: Case) -> tuple[torch.Tensor, t
 @check("ring-forward", when=_mode("ring"))
 def ring_forward(subject: Subject) -> str:
     """Results of parts of the keys, merged by their lse, are the result of the whole."""
-    cases = [case for case in _cases(subject, return_lse=True) if case.return_lse]
-    for case in subject.require(cases, "lse"):
+    cases = _cases(subject)
+    for case in cases:
         built = made(case)
         out, lse = _merged(subject, built, case)
         expected, allowed = reference_of(built, case)
@@ -101,8 +106,7 @@ def ring_backward(subject: Subject) -> str:
     if backward is None:
         msg = "its declaration names no backward, so ring serves inference alone"
         raise NotChecked(msg)
-    cases = _cases(subject, return_lse=True)
-    cases = [case for case in cases if subject.admits(replace(case, gradients=("query", "key", "value")))]
+    cases = [case for case in _cases(subject) if subject.admits(replace(case, gradients=("query", "key", "value")))]
     if not cases:
         msg = f"no call with lse and a gradient is admitted on {subject.device}"
         raise NotChecked(msg)
@@ -144,29 +148,42 @@ def _same_for_all_heads(case: Case) -> bool:
     return case.mask not in ("bool", "float") or case.mask_once[1]
 
 
+def _shards(subject: Subject, case: Case) -> list[Case]:
+    """The same call for each shard of its heads: of one key head each, or else fewer; those of one key head share it."""
+    heads, key_heads = case.heads
+    for count in (key_heads, 4, 3, 2):
+        divides = heads % count == 0 and (key_heads == 1 or key_heads % count == 0)
+        shard = replace(case, heads=(heads // count, max(key_heads // count, 1)))
+        if count > 1 and divides and subject.admits(shard):
+            return [shard] * count
+    return []
+
+
 @check("ulysses", when=_mode("ulysses"))
 def ulysses(subject: Subject) -> str:
     """Each shard of the heads gives its shard of the result."""
-    each = [{"heads": heads} for heads in ((6, 6), (6, 3), (6, 2))]
-    cases = subject.draw(4, "dtype", "mask", "causal", "return_lse", each=each, where=_same_for_all_heads)
-    for case in cases:
+    pairs = ((6, 6), (6, 3), (6, 2), (6, 1), (16, 16), (16, 2), (16, 1))
+    each = [{"heads": heads} for heads in pairs]
+
+    def wanted(case: Case) -> bool:
+        return case.heads in pairs and _same_for_all_heads(case) and bool(_shards(subject, case))
+
+    cases = subject.draw(4, "dtype", "mask", "causal", "return_lse", each=each, where=wanted)
+    shards = {case: _shards(subject, case) for case in cases}
+    if not shards:
+        msg = f"it declares ulysses, but admits no call of {', '.join(map(str, pairs))} heads and of shards of these"
+        raise CheckFailed(msg)
+    for case, own in shards.items():
         built = made(case)
         expected, allowed = reference_of(built, case)
-        shards = case.heads[1]
-        for n in range(shards):
-            queries = slice(n * case.heads[0] // shards, (n + 1) * case.heads[0] // shards)
-            tensors = built.query[:, :, queries], built.key[:, :, n : n + 1], built.value[:, :, n : n + 1]
-            found = subject.call(*tensors, **built.options)
-            out = found[0] if isinstance(found, tuple) else found
-            within(
-                out,
-                expected["out"][:, :, queries],
-                allowed["out"][:, :, queries],
-                subject,
-                f"result of shard {n}",
-                case,
+        for n, shard in enumerate(own):
+            queries = slice(n * shard.heads[0], (n + 1) * shard.heads[0])
+            first = n * case.heads[1] // len(own)
+            keys = slice(first, first + shard.heads[1])
+            found = subject.call(
+                built.query[:, :, queries], built.key[:, :, keys], built.value[:, :, keys], **built.options
             )
-    if not cases:
-        msg = "it declares ulysses, but admits no call of 6 heads"
-        raise CheckFailed(msg)
-    return f"{len(cases)} calls in shards of their heads"
+            out = found[0] if isinstance(found, tuple) else found
+            exact, bound = expected["out"][:, :, queries], allowed["out"][:, :, queries]
+            within(out, exact, bound, subject, f"result of shard {n}", case)
+    return f"{len(shards)} calls in shards of their heads"

@@ -42,7 +42,8 @@ def long(subject: Subject) -> str:
         for place, lengths in enumerate(sparse[:2] or [{"queries": 1100, "keys": None}]):
             each += _first(subject, option, lengths, both if (turn + place) % 2 else both[::-1])
     if not subject.quick:
-        square = {"queries": 4300, "keys": None}
+        one_head = subject.admitted([{"batch": 1, "heads": (1, 1)}])
+        square = {"queries": 4300 if one_head else 1100, "keys": None}
         each += [item for option in _LONG for item in _first(subject, option, square, both[::-1])][:1]
     if not each:
         return "it admits no plain call"
@@ -53,9 +54,11 @@ def _first(
     subject: Subject, option: dict[str, Any], lengths: dict[str, Any], causal: Iterable[bool]
 ) -> list[dict[str, Any]]:
     """The first such call that is admitted, with gradients rather than without; none where none is."""
-    shape = {"batch": 1, "heads": (1, 1), **option, **lengths}
+    shapes = [{"batch": 1, **heads, **option, **lengths} for heads in ({"heads": (1, 1)}, {})]
     names = (("query", "key", "value"), ())
-    return subject.admitted({**shape, "causal": one, "gradients": given} for one in causal for given in names)[:1]
+    return subject.admitted(
+        {**shape, "causal": one, "gradients": given} for shape in shapes for one in causal for given in names
+    )[:1]
 
 
 @check("each-key")
@@ -70,6 +73,7 @@ def each_key(subject: Subject) -> str:
         built = made(case)
         length = built.key.shape[1]
         places = [0, 1, length // 2, 63, 64, 127, 128, length - 65, length - 64, length - 33, length - 2, length - 1]
+        places = places[-built.query.shape[1] :]  # fewer than twelve, where it takes fewer queries
         group = case.heads[0] // case.heads[1]
         sought = built.key[:, places].repeat_interleave(group, 2)
         built.query[:, : len(places)] = sought * (12 / sought.float().norm(dim=-1, keepdim=True)).to(sought.dtype)
@@ -89,8 +93,9 @@ def batch(subject: Subject) -> str:
         for batch, heads in ((1, 1), (5, 1), (1, 5), (3, 7), (9, 2))
         for lengths in ({}, {"queries": 9, "keys": 530}, {"queries": 140, "keys": 400})
     ]
+    each = subject.admitted(each) or [{"batch": batch} for batch in (1, 5, 3, 9)]
     each += subject.admitted({"batch": 1, "heads": (heads, heads)} for heads in (17, 32))
-    return subject.hold(subject.draw(len(each), "dtype", "mask", "return_lse", "gradients", each=each))
+    return subject.hold(subject.draw(max(15, len(each)), "dtype", "mask", "return_lse", "gradients", each=each))
 
 
 @check("many-heads")
@@ -98,8 +103,9 @@ def many_heads(subject: Subject) -> str:
     """More heads, of all sequences together, than some dimensions of a GPU's grid have."""
     subject.leave_out_if_quick()
     dims = min(subject.factors["dims"], key=lambda item: (item["value_dim"] is not None, item["dim"]))
-    each = [{**dims, "batch": MANY // 2, "heads": (2, 2), "queries": 3, "keys": None}]
-    return subject.hold(subject.draw(1, each=each, where=lambda case: case.batch > 1))
+    shape = {**dims, "queries": 3, "keys": None}
+    each = subject.admitted({**shape, "batch": MANY // heads[0], "heads": heads} for heads in ((2, 2), (8, 8), (8, 1)))
+    return subject.hold(subject.draw(1, each=each[:1] or [shape], where=lambda case: case.batch > 1))
 
 
 @check("empty")
