@@ -460,6 +460,10 @@ def test_facts_of_a_drawn_call_are_those_that_are_read():
     random = Random(7)
     for turn in range(400):
         case = draw(random.choice, {"spoiled": [None]})
+        if case.dtype == "float64" and case.mask_dtype != "same":
+            case = replace(
+                case, autocast=None
+            )  # it would cast the mask alone, to a dtype that is refused beside float64
         case = replace(case, queries=min(case.queries, 40), keys=None if case.keys is None else min(case.keys, 40))
         built = case.build()
         options = {
