@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from itertools import combinations, product
 from random import Random
@@ -278,6 +279,14 @@ def test_the_size_of_the_covering_set_and_the_share_that_rules_refuse_stand_belo
     assert "calls that cover" in covering
     assert refused.startswith("causal_only, declared-values: ")
     assert refused.endswith("% of what the data admits")
+
+
+def test_that_numpy_is_not_there_is_nothing_to_warn_of(capsys):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        attn_check(capsys, "right", "--only", "loads")
+        warnings.warn("Failed to initialize NumPy: No module named 'numpy'", stacklevel=1)  # as torch does
+    assert [str(item.message) for item in told if "NumPy" in str(item.message)] == []
 
 
 def test_only_may_be_given_twice_and_a_backend_named_twice_is_checked_once(capsys):
