@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from attn_core.commands import need_no_numpy
 from attn_core.errors import AttnError
 from attn_core.outcomes import FAILED, Outcome
 
@@ -148,6 +149,7 @@ def work(answers: IO[bytes]) -> None:
     found = _CHECK in os.environ
     # so that torch, being imported, asks the driver in a way that a copy of this process can still begin with
     os.environ.setdefault(_CHECK, "1")
+    need_no_numpy()
     from attn_core.testing.checking import definitions
 
     definitions()  # and no wheel's code, which might begin something here that a copy can't go on with
