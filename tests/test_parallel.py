@@ -271,11 +271,12 @@ def test_ranks_speak_once_for_each_kind_of_call(ranks):
     assert ranks.run("steady", case, on=4) == [0] * 4
 
 
-def test_calls_that_all_have_agreed_on_are_not_mixed_up():
-    pool = Ranks(3, timeout=10)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
+def test_calls_that_all_have_agreed_on_are_not_mixed_up(shape):
+    pool = Ranks(3, timeout=4)
     try:
-        pool.run("make_meshes", [(3, 1)])
-        for kind, message in pool.run("mixed_up", Case(shape=(3, 1), queries=30)):
+        pool.run("make_meshes", [shape])
+        for kind, message in pool.run("mixed_up", Case(shape=shape, queries=30)):
             assert kind == "RankFailed", message
     finally:
         pool.close()

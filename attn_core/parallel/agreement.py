@@ -43,6 +43,7 @@ def agreed(kind: str) -> Prepared:
         if len(cp.shared.kinds) >= KINDS_REMEMBERED:
             cp.shared.kinds.clear()
         cp.shared.kinds[kind] = found
+    cp.shared.tag = found.tag
     return found
 
 

@@ -22,6 +22,7 @@ sent: Counter[str] = Counter()
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 _streams: dict[torch.device, Any] = {}
+_TAGS = 2**31
 _DOING = "exchanging keys or gradients round the ring"
 
 
@@ -83,16 +84,35 @@ class Transfer:
 def all_to_all(
     cp: ContextParallel, tensor: torch.Tensor, sending: list[int], receiving: list[int]
 ) -> tuple[torch.Tensor, ...]:
-    """Send a slice of a flat tensor to each ulysses place, so many elements each, and return what each has sent here."""
-    group = cp.group("ulysses")
+    """Send a slice of a flat tensor to each ulysses place, so many elements each, and return what each has sent here.
+
+    On NCCL it is one collective. Where messages can have tags they go one by one, so that none is taken for that of another
+    kind of call, or of another size.
+    """
     own = cp.place[1]
     sent["heads"] += (sum(sending) - sending[own]) * tensor.element_size()
     source = tensor.cpu() if tensor.is_cuda and "ulysses" in cp.staged else tensor
     found = source.new_empty(sum(receiving))
     with blamed(cp, "exchanging heads"):
-        dist.all_to_all_single(found, source, receiving, sending, group=group)
+        if source.is_cuda:
+            dist.all_to_all_single(found, source, receiving, sending, group=cp.group("ulysses"))
+        else:
+            _tagged(cp, source.split(sending), found.split(receiving))
     parts: tuple[torch.Tensor, ...] = found.to(tensor.device).split(receiving)
     return parts
+
+
+def _tagged(cp: ContextParallel, sending: tuple[torch.Tensor, ...], receiving: tuple[torch.Tensor, ...]) -> None:
+    group, own, tag = cp.group("ulysses"), cp.place[1], cp.shared.tag
+    operations = []
+    for place, rank in enumerate(cp.grid[cp.place[0]]):
+        for post, tensor in ((dist.isend, sending[place]), (dist.irecv, receiving[place])):
+            if place != own and tensor.numel():
+                operations.append(dist.P2POp(post, tensor, rank, group, (tag + tensor.numel()) % _TAGS))
+    works = dist.batch_isend_irecv(operations) if operations else []
+    receiving[own].copy_(sending[own])
+    for work in works:
+        work.wait()
 
 
 def all_gather(group: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ class Shared:
         exchanges: how often the ranks have spoken to one another.
         spoken: the keys of the store under which this rank has done so, until all have read them.
         kinds: of calls that all ranks have agreed on, with what was prepared for them.
+        tag: of the messages of the call that is going on.
     """
 
     layouts: dict[Layout, None] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Shared:
     exchanges: int = 0
     spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
+    tag: int = 0
 
     def begin(self) -> None:
         """Begin a call, on every rank."""
