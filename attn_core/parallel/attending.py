@@ -13,7 +13,7 @@ from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.parallel.agreement import agreed, layouts
 from attn_core.parallel.completion import check_mask, documents, once
 from attn_core.parallel.context import ContextParallel
-from attn_core.parallel.faults import told
+from attn_core.parallel.faults import alone, told
 from attn_core.parallel.gathering import gathered, taken
 from attn_core.parallel.kind import Kind
 from attn_core.parallel.layout import even
@@ -44,12 +44,13 @@ def parallel_attention(parallel: Any, query: Any, key: Any, value: Any, options:
     if not isinstance(parallel, ContextParallel):
         msg = f"parallel: found {parallel!r}; accepted: a ContextParallel of attn_core.parallel, or None"
         raise CallRefused(msg)
-    parallel.shared.begin()
-    parallel.shared.going = True
-    try:
-        return _read(parallel, query, key, value, options, backend)
-    finally:
-        parallel.shared.going = False
+    with alone(parallel):
+        parallel.shared.begin()
+        parallel.shared.going = True
+        try:
+            return _read(parallel, query, key, value, options, backend)
+        finally:
+            parallel.shared.going = False
 
 
 def _read(parallel: ContextParallel, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,6 +41,7 @@ class Shared:
         exchanges: how often the ranks have spoken to one another.
         spoken: the keys of the store under which this rank has done so, until all have read them.
         kinds: of calls that all ranks have agreed on, with what was prepared for them.
+        turn: held by the thread that has a call going on.
         tag: of the messages of the call that is going on.
     """
 
@@ -52,6 +54,7 @@ class Shared:
     exchanges: int = 0
     spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
+    turn: Any = field(default_factory=RLock)
     tag: int = 0
 
     def begin(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from attn_core.errors import AttnError
+from attn_core.errors import AttnError, CallRefused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +75,33 @@ def told(cp: ContextParallel) -> Iterator[None]:
     except BaseException as error:
         note(cp, error)
         raise
+
+
+class alone:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every call
+    """Refuse, and tell the others of it, where another thread of this rank is in a call over the same ranks.
+
+    Messages of two threads would be taken for one another's. A backward may well run in a thread of autograd's own.
+    """
+
+    __slots__ = ("_cp",)
+
+    def __init__(self, cp: ContextParallel) -> None:
+        self._cp = cp
+
+    def __enter__(self) -> None:
+        if self._cp.shared.turn.acquire(blocking=False):
+            return
+        msg = (
+            f"parallel: another thread of rank {dist.get_rank()} has a call over these ranks under way; accepted: one at a "
+            "time, in the same order on every rank. Make the calls of a ContextParallel in one thread, and give another "
+            "thread one over other ranks"
+        )
+        error = CallRefused(msg)
+        note(self._cp, error)
+        raise error
+
+    def __exit__(self, *_: object) -> None:
+        self._cp.shared.turn.release()
 
 
 class blamed:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every message

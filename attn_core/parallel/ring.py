@@ -15,7 +15,7 @@ import torch
 from attn_core.parallel.agreement import agreed, begun
 from attn_core.parallel.communication import Transfer
 from attn_core.parallel.completion import completed, how_many_lengths, lengths_of
-from attn_core.parallel.faults import told
+from attn_core.parallel.faults import alone, told
 from attn_core.parallel.kind import parsed
 from attn_core.parallel.merge import wide
 from attn_core.parallel.part import options_of
@@ -152,12 +152,13 @@ def _ring(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Sequence[torch.Tensor], kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = parsed(kind)
-    if found.mode == "ring":
-        begun(found.cp)
-    prepared = agreed(completed(kind, query, key, mask))
-    with told(prepared.kind.cp), torch.no_grad():
-        out, lse = _forward(prepared, query, key, value, _dense(prepared, mask, query))
-        return out, lse, torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
+    with alone(found.cp):
+        if found.mode == "ring":
+            begun(found.cp)
+        prepared = agreed(completed(kind, query, key, mask))
+        with told(found.cp), torch.no_grad():
+            out, lse = _forward(prepared, query, key, value, _dense(prepared, mask, query))
+            return out, lse, torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
 
 
 def _forward(
@@ -305,9 +306,11 @@ def ring_backward(
     kind: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of this rank's queries, keys and values."""
-    prepared = agreed(completed(kind, query, key, mask, lengths.tolist()))
-    with told(prepared.kind.cp), torch.no_grad():
-        return _backward(prepared, (grad_out, query, out, lse), key, value, _dense(prepared, mask, query))
+    cp = parsed(kind).cp
+    with alone(cp):
+        prepared = agreed(completed(kind, query, key, mask, lengths.tolist()))
+        with told(cp), torch.no_grad():
+            return _backward(prepared, (grad_out, query, out, lse), key, value, _dense(prepared, mask, query))
 
 
 def _backward(

@@ -1,0 +1,73 @@
+"""What the ranks of the pool do where something goes wrong between them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+from parallel_work import Case, context, inputs, make_meshes
+from torch.distributed import distributed_c10d
+
+from attn_core import attention
+from attn_core.parallel.context import contexts
+
+
+def fresh(label, shape, order="zigzag"):
+    """A ``ContextParallel`` of groups that no failure has broken, and that remembers nothing."""
+    make_meshes([shape])
+    cp = context(shape, order)
+    cp.name += f":{label}"
+    cp.shared = type(cp.shared)()
+    contexts[cp.name] = cp
+    return cp
+
+
+def store():
+    return distributed_c10d._get_default_store()
+
+
+def met(label, world):
+    """Wait for the others at the end of a job that broke messages, or a group would be gone while some still wait."""
+    store().add(label, 1)
+    end = time.monotonic() + 30
+    while store().add(label, 0) < world and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def raised(call):
+    """The name and the text of what is raised, and how long it took."""
+    begun = time.monotonic()
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - it is what the test asks for
+        return type(error).__name__, str(error), time.monotonic() - begun
+    return None, "", time.monotonic() - begun
+
+
+def two_threads(label, shape):
+    """What a call raises that begins while another thread is in one, forward and backward; and one after it."""
+    cp = fresh(label, shape)
+    q, k, v, g, _ = (cp.shard(x) if isinstance(x, torch.Tensor) else x for x in inputs(Case(queries=18)))
+    q.requires_grad_()
+
+    def call():
+        return attention(q, k, v, backend="native_math", parallel=cp)
+
+    out, found = call(), []
+    with_turn, may_end = threading.Event(), threading.Event()
+
+    def other():
+        with cp.shared.turn:  # as a call of its own holds it
+            with_turn.set()
+            may_end.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with_turn.wait()
+    found.append(raised(call)[:2])
+    found.append(raised(lambda: out.backward(g, retain_graph=True))[:2])
+    may_end.set()
+    thread.join()
+    found.append(raised(lambda: call().backward(g))[:2])
+    return found
