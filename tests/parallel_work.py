@@ -343,6 +343,8 @@ def refused(case, changes=None, **wrong):
     communication.sent.clear()
     if options.pop("no_gradient", False):
         q, k, v = (x.detach() for x in (q, k, v))
+    if options.pop("no_batch", False):
+        q, k, v = (x[:0] for x in (q, k, v))
     if options.pop("float32", False):
         q, k, v = (x.float() for x in (q, k, v))
     if options.pop("unsharded", False):

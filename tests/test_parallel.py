@@ -217,6 +217,7 @@ def test_zigzag_gives_each_place_both_ends(ranks):
         ({"softcap": 2.0}, "softcap"),
         ({"float32": True}, "dtype: 'float64' on rank 0, 'float32' on rank 1"),
         ({"no_gradient": True}, "gradient"),
+        ({"no_batch": True}, "batch: 2 on rank 0, 0 on rank 1"),
         ({"return_lse": True}, "return_lse"),
     ],
 )

@@ -137,6 +137,7 @@ class _Call:
             )
         kind = self._kind(query_layout, key_layout)
         if kind.batch == 0:
+            agreed(kind.text)  # or the others would wait for this rank
             out, lse = empty(self.query, self.key, self.value)
         elif kind.mode == "ring":
             out, lse = ring(self.query, self.key, self.value, tensors_of(self.attn_mask), kind.text)
