@@ -229,6 +229,15 @@ def test_ranks_that_disagree_are_told_so_on_each(ranks, shape, change, said):
     agrees(ranks, Case(shape=shape, queries=15))
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (2, 2)])
+def test_ranks_that_would_not_all_exchange_a_gradient_of_queries_are_told_so(ranks, shape):
+    case = Case(shape=shape, queries=15, whole="key")
+    for kind, message, _ in ranks.run("refused", case, {1: {"no_query_gradient": True}}, on=world(case)):
+        assert kind == "RanksDisagree"
+        assert "query_gradient: True on rank 0, False on rank 1" in message
+    agrees(ranks, case)
+
+
 @pytest.mark.parametrize("shape", [(3, 1), (2, 2)])
 @pytest.mark.parametrize(
     ("options", "said"),

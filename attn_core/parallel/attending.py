@@ -173,6 +173,7 @@ class _Call:
             self.checked,
             reading.mask_facts(mask, None),
             gradient=reading.needs_graph(query, key, value),
+            query_gradient=query_gradient(self.cp.mode, query, whole_key=key_layout is None),
             query=query_layout.flat,
             key=() if key_layout is None else key_layout.flat,
             keys=keys,
@@ -247,6 +248,11 @@ def kind_of(
         **options,
         **known,
     )
+
+
+def query_gradient(mode: str, query: torch.Tensor, *, whole_key: bool) -> bool | None:
+    """What ``Kind`` has of it."""
+    return reading.needs_graph(query) if whole_key and mode != "ring" else None
 
 
 _OPTIONS = ("causal", "window_size", "softcap", "scale", "deterministic", "return_lse")
