@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
 import torch
-from parallel_work import Case, context, inputs, make_meshes
+import torch.distributed as dist
+from parallel_work import Case, context, inputs
 from torch.distributed import distributed_c10d
 
 from attn_core import attention
@@ -14,8 +16,7 @@ from attn_core.parallel.context import contexts
 
 
 def fresh(label, shape, order="zigzag"):
-    """A ``ContextParallel`` of groups that no failure has broken, and that remembers nothing."""
-    make_meshes([shape])
+    """A ``ContextParallel`` that remembers nothing."""
     cp = context(shape, order)
     cp.name += f":{label}"
     cp.shared = type(cp.shared)()
@@ -70,4 +71,43 @@ def two_threads(label, shape):
     may_end.set()
     thread.join()
     found.append(raised(lambda: call().backward(g))[:2])
+    return found
+
+
+def _parts(cp, case):
+    parts = [cp.shard(x) for x in inputs(case)[:3]]
+    return [part.requires_grad_() for part in parts]
+
+
+def late(label, shape, change):
+    """What is raised where rank 1 makes a call of a new kind, the others one on which all have agreed."""
+    cp = fresh(label, shape)
+    parts = _parts(cp, Case(queries=18))
+    options = {"backend": "native_math", "parallel": cp}
+    attention(*parts, **options)
+    if dist.get_rank() == 1:
+        if change == "no_gradient":
+            parts = [part.detach() for part in parts]
+        elif change == "untold":
+            parts = [part[:, :5] for part in parts]
+        else:
+            options |= change
+    found = raised(lambda: attention(*parts, **options))
+    met(f"late/{label}", 3)
+    return found
+
+
+def absent(label, shape, how):
+    """What the others raise where rank 1 does not make a call of a kind on which all have agreed."""
+    cp = fresh(label, shape)
+    parts = _parts(cp, Case(queries=18))
+    attention(*parts, backend="native_math", parallel=cp)
+    if dist.get_rank() == 1:
+        if how == "dies":
+            os._exit(3)
+        met(f"absent/{label}", 3)
+        return None, "", 0.0
+    found = raised(lambda: attention(*parts, backend="native_math", parallel=cp))
+    if how != "dies":
+        met(f"absent/{label}", 3)
     return found

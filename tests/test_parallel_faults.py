@@ -9,23 +9,51 @@ from ranks import Ranks
 
 
 @pytest.fixture(scope="module")
-def three():
-    pool = Ranks(3, timeout=4)
-    yield pool
-    pool.close()
+def pool():
+    ranks = Ranks(4, timeout=TIMEOUT)
+    yield ranks
+    ranks.close()
 
 
+TIMEOUT = 4
 labels = itertools.count()
 
 
-def run(pool, job, shape, *arguments, on=3):
+def run(pool, job, shape, *arguments):
+    pool.run(
+        "make_meshes", [shape]
+    )  # of groups that no test before has broken; one of all ranks would not be made anew
+    on = shape[0] * shape[1]
     return pool.run(f"parallel_faults.{job}", next(labels), shape, *arguments, on=on)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
-def test_a_call_while_another_thread_is_in_one_is_refused(three, shape):
-    for forward, backward, after in run(three, "two_threads", shape):
+def test_a_call_while_another_thread_is_in_one_is_refused(pool, shape):
+    for forward, backward, after in run(pool, "two_threads", shape):
         for kind, said in (forward, backward):
             assert kind == "CallRefused"
             assert "another thread of rank" in said
         assert after == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "said"),
+    [
+        ((3, 1), {"causal": True}, "causal: False on rank 0, True on rank 1, False on rank 2"),
+        ((1, 3), "no_gradient", "gradient: True on rank 0, False on rank 1, True on rank 2"),
+        ((1, 3), "untold", "rank 1 asks the others how long its parts are"),
+    ],
+)
+def test_a_new_kind_on_one_rank_alone_is_named_on_each(pool, shape, change, said):
+    for kind, message, seconds in run(pool, "late", shape, change):
+        assert kind == "RankFailed"
+        assert said in message
+        assert seconds < TIMEOUT + 4
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
+def test_a_rank_that_makes_no_call_is_named(pool, shape):
+    for kind, message, seconds in run(pool, "absent", shape, "waits")[::2]:
+        assert kind == "RankFailed"
+        assert "rank 1 does not answer" in message
+        assert seconds < TIMEOUT + 4

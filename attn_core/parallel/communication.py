@@ -42,6 +42,7 @@ class Transfer:
         self._purposes: list[str] = []
         self._arrivals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._works: list[Any] = []
+        self._peers: list[int | None] = []
 
     def send(self, tensor: torch.Tensor, place: int, purpose: str) -> None:
         """Send a tensor to a place of the ring; the purpose is for ``sent``."""
@@ -69,12 +70,14 @@ class Transfer:
             sent[purpose] += tensor.numel() * tensor.element_size()
         with blamed(self._cp, _DOING):
             self._works = dist.batch_isend_irecv(operations)
+            self._peers = peers_of(operations, self._works)
 
     def wait(self) -> None:
         """Have what arrives at hand, and what was sent free again: on a GPU, for the current stream."""
         if self._works:
-            with blamed(self._cp, _DOING):
-                for work in self._works:
+            blame = blamed(self._cp, _DOING)
+            with blame:
+                for blame.peer, work in zip(self._peers, self._works, strict=True):
                     work.wait()
         for tensor, host in self._arrivals:
             tensor.copy_(host, non_blocking=True)
@@ -93,26 +96,34 @@ def all_to_all(
     sent["heads"] += (sum(sending) - sending[own]) * tensor.element_size()
     source = tensor.cpu() if tensor.is_cuda and "ulysses" in cp.staged else tensor
     found = source.new_empty(sum(receiving))
-    with blamed(cp, "exchanging heads"):
+    blame = blamed(cp, "exchanging heads")
+    with blame:
         if source.is_cuda:
             dist.all_to_all_single(found, source, receiving, sending, group=cp.group("ulysses"))
         else:
-            _tagged(cp, source.split(sending), found.split(receiving))
+            _tagged(cp, source.split(sending), found.split(receiving), blame)
     parts: tuple[torch.Tensor, ...] = found.to(tensor.device).split(receiving)
     return parts
 
 
-def _tagged(cp: ContextParallel, sending: tuple[torch.Tensor, ...], receiving: tuple[torch.Tensor, ...]) -> None:
-    group, own, tag = cp.group("ulysses"), cp.place[1], cp.shared.tag
-    operations = []
+def _tagged(
+    cp: ContextParallel, sending: tuple[torch.Tensor, ...], receiving: tuple[torch.Tensor, ...], blame: blamed
+) -> None:
+    group, own, tag = cp.group("ulysses"), cp.place[1], cp.shared.current.tag
+    operations: list[Any] = []
     for place, rank in enumerate(cp.grid[cp.place[0]]):
         for post, tensor in ((dist.isend, sending[place]), (dist.irecv, receiving[place])):
             if place != own and tensor.numel():
                 operations.append(dist.P2POp(post, tensor, rank, group, (tag + tensor.numel()) % _TAGS))
     works = dist.batch_isend_irecv(operations) if operations else []
     receiving[own].copy_(sending[own])
-    for work in works:
+    for blame.peer, work in zip(peers_of(operations, works), works, strict=True):
         work.wait()
+
+
+def peers_of(operations: list[Any], works: list[Any]) -> list[int | None]:
+    """The global rank at the other end of each work; None where NCCL has made one of several."""
+    return [one.peer for one in operations] if len(works) == len(operations) else [None] * len(works)
 
 
 def all_gather(group: Any, tensor: torch.Tensor) -> torch.Tensor:

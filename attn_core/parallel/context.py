@@ -42,7 +42,7 @@ class Shared:
         spoken: the keys of the store under which this rank has done so, until all have read them.
         kinds: of calls that all ranks have agreed on, with what was prepared for them.
         turn: held by the thread that has a call going on.
-        tag: of the messages of the call that is going on.
+        current: what was prepared for the call that is going on.
     """
 
     layouts: dict[Layout, None] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Shared:
     spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
     turn: Any = field(default_factory=RLock)
-    tag: int = 0
+    current: Any = None
 
     def begin(self) -> None:
         """Begin a call, on every rank."""
