@@ -111,3 +111,23 @@ def absent(label, shape, how):
     if how != "dies":
         met(f"absent/{label}", 3)
     return found
+
+
+def breaks_in_the_backward(label, shape):
+    """What is raised where the kernel of rank 1 raises in the backward."""
+    cp = fresh(label, shape)
+    parts = _parts(cp, Case(queries=18))
+    attention(*parts, backend="chunked", parallel=cp)
+    adapter = cp.shared.current.adapter
+    right = adapter.backward
+
+    def broken(*_, **__):
+        raise ValueError("the kernel of this rank broke")
+
+    if dist.get_rank() == 1:
+        object.__setattr__(adapter, "backward", broken)
+    out = attention(*parts, backend="chunked", parallel=cp)
+    found = raised(lambda: out.sum().backward())
+    object.__setattr__(adapter, "backward", right)
+    met(f"broken/{label}", 3)
+    return found

@@ -57,3 +57,13 @@ def test_a_rank_that_makes_no_call_is_named(pool, shape):
         assert kind == "RankFailed"
         assert "rank 1 does not answer" in message
         assert seconds < TIMEOUT + 4
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
+def test_a_kernel_that_raises_in_the_backward_is_told_of(pool, shape):
+    answers = run(pool, "breaks_in_the_backward", shape)
+    assert answers[1][0] == "ValueError"
+    for kind, message, seconds in answers[::2]:
+        assert kind == "RankFailed"
+        assert "rank 1 failed: ValueError: the kernel of this rank broke" in message
+        assert seconds < TIMEOUT + 4

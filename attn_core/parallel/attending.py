@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ from attn_core.parallel.merge import wide
 from attn_core.parallel.ring import ring
 from attn_core.parallel.scope import suspended
 from attn_core.parallel.ulysses import exchange_of, over_heads
+from attn_core.running import watching
 
 if TYPE_CHECKING:
+    from attn_core.loading import Adapter
     from attn_core.parallel.layout import Layout, Segments
 
 
@@ -186,8 +189,16 @@ class _Call:
         if kind.mode == "hybrid":
             out, lse = ring(query, key, value, tensors_of(mask), kind.text)
             return out, lse
-        with told(self.cp), suspended():
-            return self._on_this_rank(kind, query, key, value, mask)
+        token = watching.set(self._watch)
+        try:
+            with told(self.cp), suspended():
+                return self._on_this_rank(kind, query, key, value, mask)
+        finally:
+            watching.reset(token)
+
+    def _watch(self, adapter: Adapter) -> Adapter:
+        """The adapter with a backward whose failure the others are told of."""
+        return replace(adapter, backward=partial(_told, self.cp, adapter.backward))
 
     def _on_this_rank(
         self, kind: Kind, query: Any, key: Any, value: Any, mask: Any
@@ -200,6 +211,11 @@ class _Call:
             backend=agreed(kind.text).backend,
         )  # fmt: skip
         return found if kind.return_lse else (found, found.new_empty(0))
+
+
+def _told(cp: ContextParallel, run: Any, *tensors: torch.Tensor, **options: Any) -> Any:
+    with told(cp):
+        return run(*tensors, **options)
 
 
 def kind_of(
