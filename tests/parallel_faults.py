@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import threading
 import time
 
@@ -131,3 +133,14 @@ def breaks_in_the_backward(label, shape):
     object.__setattr__(adapter, "backward", right)
     met(f"broken/{label}", 3)
     return found
+
+
+def ends_with_an_error(label, shape):
+    """What the others raise in the backward where rank 1 raises between, and its process ends with it."""
+    cp = fresh(label, shape)
+    out = attention(*_parts(cp, Case(queries=18)), backend="native_math", parallel=cp)
+    if dist.get_rank() == 1:
+        sys.last_value = ValueError("the program of this rank broke")  # as Python does before it ends
+        atexit._run_exitfuncs()
+        os._exit(1)
+    return raised(lambda: out.sum().backward())

@@ -67,3 +67,16 @@ def test_a_kernel_that_raises_in_the_backward_is_told_of(pool, shape):
         assert kind == "RankFailed"
         assert "rank 1 failed: ValueError: the kernel of this rank broke" in message
         assert seconds < TIMEOUT + 4
+
+
+@pytest.mark.parametrize("shape", [(3, 1)])
+def test_a_process_that_ends_with_an_error_is_told_of(shape):
+    ranks = Ranks(3, timeout=TIMEOUT)
+    try:
+        ranks.run("make_meshes", [shape])
+        answers = ranks.answers("parallel_faults.ends_with_an_error", next(labels), shape)
+    finally:
+        ranks.close()
+    for fine, found in answers[::2]:
+        assert fine
+        assert "rank 1 failed: ValueError: the program of this rank broke" in found[1]

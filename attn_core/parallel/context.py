@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from attn_core.errors import AttnError, CallRefused
 from attn_core.parallel import gathering
+from attn_core.parallel.faults import tell_of_the_end
 from attn_core.parallel.layout import ORDERS, Layout, even
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ Side = Literal["query", "key"]
 
 contexts: dict[str, ContextParallel] = {}
 """By name, for the operators, which take no objects."""
+
+tell_of_the_end(contexts)
 
 
 @dataclass

@@ -5,8 +5,10 @@ It goes by way of the store that the process group was made with, which answers 
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
+import sys
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from attn_core.parallel.context import ContextParallel
 
 DIFFERENT = "the ranks make different calls: {found}. Every rank of a mesh makes the same calls in the same order"
+_ALL_CALLS = 2**62
 _PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
@@ -50,6 +53,19 @@ def note(cp: ContextParallel, error: BaseException, call: int | None = None) -> 
     _leave(
         cp, "failed", {"call": cp.shared.calls if call is None else call, "text": f"{type(error).__name__}: {error}"}
     )
+
+
+def _tell_of_the_end(contexts: dict[str, ContextParallel]) -> None:
+    """Tell the others, as this process ends with an error that nobody caught, of which call it may be in."""
+    error = getattr(sys, "last_value", None)
+    if isinstance(error, BaseException) and not isinstance(error, RankFailed) and dist.is_initialized():
+        for cp in contexts.values():
+            note(cp, error, _ALL_CALLS)
+
+
+def tell_of_the_end(contexts: dict[str, ContextParallel]) -> None:
+    """Have the others told where this process ends with an error that nobody catches."""
+    atexit.register(_tell_of_the_end, contexts)
 
 
 def notes(cp: ContextParallel, since: int) -> dict[int, str]:
