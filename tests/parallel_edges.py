@@ -187,3 +187,32 @@ def named_alike():
         out.sum().backward()
         found.append(off(cp, out, alone.detach()))
     return found, len({cp.name for cp in made})
+
+
+def in_a_larger_mesh(names, sizes):
+    """The largest difference where each data place has a sequence of its own, and what the data places share is summed."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = torch.arange(4).view(sizes)
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=names)
+    if dist.get_rank() > 3:
+        return None
+    cp = ContextParallel(mesh)
+    case = Case(queries=19, heads=(4, 2), seed=mesh.get_local_rank("data") if "data" in names else 0)
+    parts, g = parts_of(cp, case)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    out = attention(*(part * weight for part in parts), causal=True, backend="native_math", parallel=cp)
+    *grads, shared = torch.autograd.grad(out, [*parts, weight], g)
+    for name in names:
+        dist.all_reduce(shared, group=mesh.get_group(name))
+    wanted = expected(Case(**{**case.__dict__, "options": (("causal", True),)}))
+    found = max(off(cp, x, wanted[name]) for name, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+    alone = sum(_shared(seed) for seed in (range(2) if "data" in names else range(1)))
+    return max(found, (shared - alone).abs().item()), cp.mode, cp.grid
+
+
+def _shared(seed):
+    q, k, v, g, _ = inputs(Case(queries=19, heads=(4, 2), seed=seed))
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    out = reference(*(x * weight for x in (q, k, v)), causal=True)[0]
+    return torch.autograd.grad(out, weight, g)[0]

@@ -119,3 +119,18 @@ def test_documents_that_are_empty_or_end_with_a_rank(ranks, shape):
         for options in ((), CAUSAL, (("causal", True), ("window_size", (2, 0)))):
             agrees(ranks, Case(shape=shape, queries=24, mask="packed", options=options, seed=seed, order="contiguous"))
             agrees(ranks, Case(shape=shape, queries=24, keys=17, mask="packed", options=options, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes", "mode", "grids"),
+    [
+        (("data", "ring"), (2, 2), "ring", {((0,), (1,)), ((2,), (3,))}),
+        (("ulysses", "data"), (2, 2), "ulysses", {((0, 2),), ((1, 3),)}),
+        (("ulysses", "ring"), (2, 2), "hybrid", {((0, 2), (1, 3))}),
+    ],
+)
+def test_takes_its_dimensions_of_a_larger_mesh_in_any_order(ranks, names, sizes, mode, grids):
+    answers = ranks.run("parallel_edges.in_a_larger_mesh", names, sizes)[:4]
+    assert max(difference for difference, _, _ in answers) <= 1e-9
+    assert {found for _, found, _ in answers} == {mode}
+    assert {grid for _, _, grid in answers} == grids
