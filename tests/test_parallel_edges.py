@@ -134,3 +134,24 @@ def test_takes_its_dimensions_of_a_larger_mesh_in_any_order(ranks, names, sizes,
     assert max(difference for difference, _, _ in answers) <= 1e-9
     assert {found for _, found, _ in answers} == {mode}
     assert {grid for _, _, grid in answers} == grids
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 2)])
+def test_remembers_some_of_many_lengths(ranks, shape):
+    for remembered, asked, difference in ranks.run("parallel_edges.forgetful", shape, on=world(Case(shape=shape))):
+        assert remembered <= 64
+        assert asked >= 1
+        assert difference <= EXACT
+
+
+def test_a_part_as_long_as_a_whole_is_taken_for_one_that_was_told_of(ranks):
+    for refused, difference in ranks.run("parallel_edges.as_long_as_a_whole", (2, 1), on=2):
+        assert "cp.layout(lengths=[...])" in refused
+        assert difference <= EXACT
+
+
+def test_a_layout_that_one_rank_alone_was_told_of_is_named_as_that(ranks):
+    for kind, message in ranks.run("parallel_edges.told_alone", (3, 1), on=3):
+        assert kind == "RanksDisagree"
+        assert "rank 0 knows how long they all are, rank 1 asks the others how long its parts are" in message
+        assert len(message) < 500

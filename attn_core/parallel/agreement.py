@@ -105,7 +105,8 @@ def refuse_whole(cp: ContextParallel, side: str, length: int) -> None:
     if cp.looks_whole(length):
         msg = (
             f"{side}: found {length} positions, as many as a whole sequence that was sharded; accepted: this rank's "
-            f"part, as cp.shard gives it, or parallel=cp.given_whole({side!r})"
+            f"part, as cp.shard gives it; a part that is as long, once cp.layout(lengths=[...]) was told of it on every rank; or "
+            f"parallel=cp.given_whole({side!r})"
         )
         raise CallRefused(msg)
 

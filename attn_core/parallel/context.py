@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 RING, ULYSSES = "ring", "ulysses"
 Side = Literal["query", "key"]
 
+LAYOUTS_REMEMBERED = 64
+"""Of how many sequences it is remembered how they lie; the ranks ask each other of what was forgotten."""
+
 contexts: dict[str, ContextParallel] = {}
 """By name, for the operators, which take no objects."""
 
@@ -37,6 +40,7 @@ class Shared:
     Attributes:
         layouts: of the sequences that were sharded, or told of; the last of them last.
         latest: the last of them.
+        known: what ``known_layout`` has found among them.
         told: the last two in words, which compiled code guards.
         calls: how many were begun; the same on every rank, so that a failure belongs to a call.
         going: whether a call that was begun here is still read; what compiled code runs begins calls by itself.
@@ -50,6 +54,7 @@ class Shared:
 
     layouts: dict[Layout, None] = field(default_factory=dict)
     latest: Layout | None = None
+    known: dict[int, Layout] = field(default_factory=dict)
     told: str = ""
     calls: int = 0
     going: bool = False
@@ -59,6 +64,16 @@ class Shared:
     kinds: dict[str, Any] = field(default_factory=dict)
     turn: Any = field(default_factory=RLock)
     current: Any = None
+
+    def remember(self, layout: Layout) -> None:
+        """That it was sharded, or told of, last; the one that was told of longest ago is forgotten where there are many."""
+        if layout not in self.layouts:
+            self.known.clear()
+        self.layouts.pop(layout, None)  # to be the last
+        self.layouts[layout] = None
+        self.latest = layout
+        if len(self.layouts) > LAYOUTS_REMEMBERED:
+            del self.layouts[next(iter(self.layouts))]
 
     def begin(self) -> None:
         """Begin a call, on every rank."""
@@ -184,9 +199,7 @@ class ContextParallel:
         else:
             layout = self._given(tuple(lengths), total)
         if layout != self.shared.latest:
-            self.shared.layouts.pop(layout, None)  # to be the last
-            self.shared.layouts[layout] = None
-            self.shared.latest = layout
+            self.shared.remember(layout)
             self.shared.told = "; ".join(f"{one.flat}" for one in self.recent)
         return layout
 
@@ -215,10 +228,13 @@ class ContextParallel:
 
         The answer, whether there is one, is the same on every rank, as long as all were told of the same layouts.
         """
-        mine = [layout for layout in self.shared.layouts if layout.flat[self.index] == local]
-        if len(mine) != 1 or any(_alike(mine[0], other) for other in self.shared.layouts):
-            return None
-        return mine[0]
+        found = self.shared.known.get(local)
+        if found is None:
+            mine = [layout for layout in self.shared.layouts if layout.flat[self.index] == local]
+            if len(mine) != 1 or any(_alike(mine[0], other) for other in self.shared.layouts):
+                return None
+            found = self.shared.known[local] = mine[0]
+        return found
 
     def looks_whole(self, local: int) -> bool:
         """Whether a tensor of this length is rather a sequence that was sharded here than a part of one."""
