@@ -267,3 +267,16 @@ def told_alone(shape):
         found = type(error).__name__, str(error)
     cp.layout(lengths=[317] * 3)
     return found
+
+
+def distributed(shape):
+    """What is raised of DTensors."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    cp = context(shape)
+    parts = [DTensor.from_local(x, cp.mesh, [Shard(1)], run_check=False) for x in parts_of(cp, Case(), "")[0]]
+    try:
+        attention(*parts, parallel=cp)
+    except Exception as error:  # noqa: BLE001 - it is what the test asks for
+        return type(error).__name__, str(error)
+    return None, ""

@@ -58,6 +58,7 @@ def parallel_attention(parallel: Any, query: Any, key: Any, value: Any, options:
 
 def _read(parallel: ContextParallel, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
     with told(parallel):
+        _refuse_distributed(query=query, key=key, value=value, attn_mask=options["attn_mask"])
         reading.check_tensors(query, key, value)
         checked = reading.checked_options(options)
         attn_mask = options["attn_mask"]
@@ -74,6 +75,16 @@ def _read(parallel: ContextParallel, query: Any, key: Any, value: Any, options: 
     call = _Call(parallel, query, key, value, attn_mask, checked, (choice, chosen_by))
     with torch.autocast(query.device.type, enabled=False) if autocast is not None else nullcontext():
         return call.run()
+
+
+def _refuse_distributed(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if type(tensor) is not torch.Tensor and hasattr(tensor, "to_local"):
+            msg = (
+                f"{name}: found a {type(tensor).__name__}; accepted: this rank's part as a tensor of its own, "
+                f"{name}.to_local() where it lies as cp.shard would have it"
+            )
+            raise CallRefused(msg)
 
 
 def refuse_what_no_ring_has(*, dropout: bool, mask_gradient: bool, transformed: bool) -> None:

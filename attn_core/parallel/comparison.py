@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 ASKING = "lengths"
 """The stage of a call at which ranks ask each other how long its parts are."""
 
+_TELL = "tell cp.shard or cp.layout(lengths=[...]) of the same sequences on every rank, before calls of their parts"
 _STAGES = {
     ASKING: "asks the others how long its parts are, of which it was told nothing",
     None: "knows how long they all are",
@@ -28,12 +29,14 @@ def difference(said: Mapping[int, dict[str, Any]]) -> str:
         return "" if all(asking) else _told_apart(said)
     described = {rank: _flat(one) for rank, one in said.items()}
     names = sorted({name for one in described.values() for name in one})
-    return "; ".join(f"{name}: {_by_rank(name, described)}" for name in names if _differs(name, described))
+    differing = [name for name in names if _differs(name, described)]
+    lengths = f" ({_TELL})" if {"query", "key"} & set(differing) else ""
+    return "; ".join(f"{name}: {_by_rank(name, described)}" for name in differing) + lengths
 
 
 def _told_apart(said: Mapping[int, dict[str, Any]]) -> str:
     parts = (f"rank {rank} {_STAGES[_asking(one)]}" for rank, one in said.items())
-    return f"{', '.join(parts)}. Tell cp.shard or cp.layout(lengths=[...]) of the same sequences on every rank"
+    return f"{', '.join(parts)} ({_TELL})"
 
 
 def _asking(one: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from attn_core.errors import CallRefused
 from attn_core.parallel.agreement import agreed, begun
 from attn_core.parallel.communication import Transfer
 from attn_core.parallel.completion import completed, how_many_lengths, lengths_of
@@ -364,6 +365,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
     query, key, value, mask, kind = inputs
     ctx.save_for_backward(query, key, value, *output, *mask)
     ctx.kind = kind
+
+
+def _no_second(*_: Any) -> Any:
+    msg = (
+        "backward: a gradient of the gradient (create_graph=True) is not supported round a ring; use ulysses with a backend "
+        "whose own graph has it, or one device"
+    )
+    raise CallRefused(msg)
+
+
+ring_backward.register_autograd(_no_second)
 
 
 def _gradients(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor) -> Any:
