@@ -144,3 +144,16 @@ def ends_with_an_error(label, shape):
         atexit._run_exitfuncs()
         os._exit(1)
     return raised(lambda: out.sum().backward())
+
+
+def skips_a_backward(label, shape):
+    """What is raised where rank 1 goes on to the next call while the others are in the backward of the one before."""
+    cp = fresh(label, shape)
+    parts = _parts(cp, Case(queries=18))
+    out = attention(*parts, backend="native_math", parallel=cp)
+    if dist.get_rank() == 1:
+        found = raised(lambda: attention(*parts, backend="native_math", parallel=cp))
+    else:
+        found = raised(lambda: out.sum().backward())
+    met(f"skips/{label}", 2)
+    return found

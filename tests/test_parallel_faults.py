@@ -80,3 +80,10 @@ def test_a_process_that_ends_with_an_error_is_told_of(shape):
     for fine, found in answers[::2]:
         assert fine
         assert "rank 1 failed: ValueError: the program of this rank broke" in found[1]
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_a_backward_is_not_taken_for_the_next_call(pool, shape):
+    for kind, message, _ in run(pool, "skips_a_backward", shape):
+        assert kind == "RankFailed", message
+        assert "call: 1 on rank 0, 2 on rank 1" in message

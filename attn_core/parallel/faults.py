@@ -176,7 +176,7 @@ def _cause(cp: ContextParallel, said: dict[str, Any], gone: int | None) -> str:
         gone: the rank that broke the connection, where one did.
     """
     others = set(cp.ranks) - {dist.get_rank()}
-    said = json.loads(json.dumps(said))  # as the others have it
+    said = json.loads(json.dumps({**said, "call": cp.shared.calls}))  # as the others have it
     word = {"call": cp.shared.calls, "said": said, "cause": "", "blamed": []}
     _leave(cp, "waited", word)
     awaited = others if gone is None else {gone}

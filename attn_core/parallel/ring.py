@@ -78,12 +78,13 @@ class Ring:
         prepared: the kind of call.
         key: this rank's own.
         value: this rank's own.
+        late: whether it is the backward, whose messages are not taken for those of a forward.
     """
 
-    def __init__(self, prepared: Prepared, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(self, prepared: Prepared, key: torch.Tensor, value: torch.Tensor, *, late: bool = False) -> None:
         self.cp = prepared.kind.cp
         self.course = prepared.course
-        self.tag = prepared.tag
+        self.tag = prepared.tag ^ late
         self.places = self.cp.ring
         self.place = self.cp.place[0]
         self.onward = (self.place + 1) % self.places  # the place that chunks go to
@@ -324,7 +325,7 @@ def _backward(
     grad_out, query, out, lse = rows_of
     backward: Any = prepared.adapter.backward
     options = {**prepared.options, **prepared.deterministic[1]}
-    going = Ring(prepared, key, value)
+    going = Ring(prepared, key, value, late=True)
     gradients = Gradients(going)
     grad_query, rows = Rows(query, query.shape[3], weighted=False), cutter((grad_out, 1), (query, 1))
     results = cache(lambda part: (out[:, slice(*part)], lse[:, :, slice(*part)].contiguous()))
