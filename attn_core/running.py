@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,10 @@ def _detached_lse(run: Callable[..., Any], query: Any, key: Any, value: Any, **o
 # --- the graph that the core makes from a backend's backward ------------------------------------------------------------
 
 
+watching: ContextVar[Callable[[Adapter], Adapter] | None] = ContextVar("attn_core.watching", default=None)
+"""Gives the adapter of a graph that is being made a backward of which somebody hears; none in compiled code."""
+
+
 class _WithBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, adapter: Any, options: dict[str, Any]) -> Any:
@@ -140,7 +145,8 @@ class _WithBackward(torch.autograd.Function):
         if not torch.compiler.is_compiling():  # inference tensors don't count their changes, and can't be saved
             described = tuple(tensor for tensor in described if not tensor.is_inference())
         ctx.save_for_backward(query, key, value, out, lse, *described)
-        ctx.adapter = adapter
+        watch = None if torch.compiler.is_compiling() else watching.get()
+        ctx.adapter = adapter if watch is None else watch(adapter)
         ctx.options = {name: option for name, option in options.items() if name not in ("return_lse", "deterministic")}
         if options.get("deterministic"):
             ctx.options["deterministic"] = True

@@ -11,6 +11,7 @@ from parallel_work import Case, context, expected, inputs
 
 from attn_core import CallRefused, attention, explain, plan
 from attn_core.parallel import ContextParallel, gathering, use_parallel
+from attn_core.parallel.layout import even
 from attn_core.testing import reference
 
 
@@ -187,3 +188,95 @@ def named_alike():
         out.sum().backward()
         found.append(off(cp, out, alone.detach()))
     return found, len({cp.name for cp in made})
+
+
+def in_a_larger_mesh(names, sizes):
+    """The largest difference where each data place has a sequence of its own, and what the data places share is summed."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = torch.arange(4).view(sizes)
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=names)
+    if dist.get_rank() > 3:
+        return None
+    cp = ContextParallel(mesh)
+    case = Case(queries=19, heads=(4, 2), seed=mesh.get_local_rank("data") if "data" in names else 0)
+    parts, g = parts_of(cp, case)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    out = attention(*(part * weight for part in parts), causal=True, backend="native_math", parallel=cp)
+    *grads, shared = torch.autograd.grad(out, [*parts, weight], g)
+    for name in names:
+        dist.all_reduce(shared, group=mesh.get_group(name))
+    wanted = expected(Case(**{**case.__dict__, "options": (("causal", True),)}))
+    found = max(off(cp, x, wanted[name]) for name, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True))
+    alone = sum(_shared(seed) for seed in (range(2) if "data" in names else range(1)))
+    return max(found, (shared - alone).abs().item()), cp.mode, cp.grid
+
+
+def forgetful(shape):
+    """How many sequences are remembered after many were sharded, and what is off in one that was forgotten."""
+    cp = context(shape, "contiguous")
+    case = Case(shape=shape, order="contiguous", queries=25)
+    parts, _ = parts_of(cp, case, "")
+    for length in range(100, 300):
+        cp.shard(torch.empty(1, length))
+    asked = cp.shared.exchanges
+    found = off_parts(cp, case, parts)
+    asked = cp.shared.exchanges - asked
+    cp.layout(case.queries)
+    again = off_parts(cp, case, parts)
+    return len(cp.shared.layouts), asked, max(found, again)
+
+
+def off_parts(cp, case, parts):
+    out = attention(*parts, backend="native_math", parallel=cp)
+    wanted = gathering.taken(expected(case)["out"], 1, even(case.queries, *case.shape, case.order).segments(*cp.place))
+    return (out - wanted).abs().max().item()
+
+
+def _shared(seed):
+    q, k, v, g, _ = inputs(Case(queries=19, heads=(4, 2), seed=seed))
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    out = reference(*(x * weight for x in (q, k, v)), causal=True)[0]
+    return torch.autograd.grad(out, weight, g)[0]
+
+
+def as_long_as_a_whole(shape):
+    """What is raised where parts are as long as a whole that was sharded; and what is off once cp was told of them."""
+    cp = context(shape, "contiguous")
+    case = Case(shape=shape, order="contiguous", queries=2 * 311)
+    cp.shard(torch.empty(1, 311))
+    parts = [gathering.taken(x, 1, even(622, *shape, "contiguous").segments(*cp.place)) for x in inputs(case)[:3]]
+    with pytest.raises(CallRefused) as refused:
+        attention(*parts, backend="native_math", parallel=cp)
+    cp.layout(lengths=[311, 311])
+    return str(refused.value), off_parts(cp, case, parts)
+
+
+def told_alone(shape):
+    """What is raised where rank 0 alone was told of a layout."""
+    cp = context(shape, "contiguous")
+    parts, _ = parts_of(cp, Case(queries=3 * 317), "")
+    cp.shared.layouts.clear()
+    cp.shared.known.clear()
+    cp.shared.latest = None
+    if cp.index == 0:
+        cp.layout(lengths=[317] * 3)
+    try:
+        attention(*parts, parallel=cp)
+    except Exception as error:  # noqa: BLE001 - it is what the test asks for
+        found = type(error).__name__, str(error)
+    cp.layout(lengths=[317] * 3)
+    return found
+
+
+def distributed(shape):
+    """What is raised of DTensors."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    cp = context(shape)
+    parts = [DTensor.from_local(x, cp.mesh, [Shard(1)], run_check=False) for x in parts_of(cp, Case(), "")[0]]
+    try:
+        attention(*parts, parallel=cp)
+    except Exception as error:  # noqa: BLE001 - it is what the test asks for
+        return type(error).__name__, str(error)
+    return None, ""

@@ -343,6 +343,13 @@ def refused(case, changes=None, **wrong):
     communication.sent.clear()
     if options.pop("no_gradient", False):
         q, k, v = (x.detach() for x in (q, k, v))
+    if case.whole:
+        k, v = (x.requires_grad_() for x in inputs(case)[1:3])
+        cp = cp.given_whole(case.whole)
+    if options.pop("no_query_gradient", False):
+        q = q.detach()
+    if options.pop("no_batch", False):
+        q, k, v = (x[:0] for x in (q, k, v))
     if options.pop("float32", False):
         q, k, v = (x.float() for x in (q, k, v))
     if options.pop("unsharded", False):

@@ -217,6 +217,7 @@ def test_zigzag_gives_each_place_both_ends(ranks):
         ({"softcap": 2.0}, "softcap"),
         ({"float32": True}, "dtype: 'float64' on rank 0, 'float32' on rank 1"),
         ({"no_gradient": True}, "gradient"),
+        ({"no_batch": True}, "batch: 2 on rank 0, 0 on rank 1"),
         ({"return_lse": True}, "return_lse"),
     ],
 )
@@ -226,6 +227,15 @@ def test_ranks_that_disagree_are_told_so_on_each(ranks, shape, change, said):
         assert said in message
         assert sent == 0
     agrees(ranks, Case(shape=shape, queries=15))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 2)])
+def test_ranks_that_would_not_all_exchange_a_gradient_of_queries_are_told_so(ranks, shape):
+    case = Case(shape=shape, queries=15, whole="key")
+    for kind, message, _ in ranks.run("refused", case, {1: {"no_query_gradient": True}}, on=world(case)):
+        assert kind == "RanksDisagree"
+        assert "query_gradient: True on rank 0, False on rank 1" in message
+    agrees(ranks, case)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2, 2)])
@@ -271,12 +281,14 @@ def test_ranks_speak_once_for_each_kind_of_call(ranks):
     assert ranks.run("steady", case, on=4) == [0] * 4
 
 
-def test_calls_that_all_have_agreed_on_are_not_mixed_up():
-    pool = Ranks(3, timeout=10)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
+def test_calls_that_all_have_agreed_on_are_not_mixed_up(shape):
+    pool = Ranks(3, timeout=4)
     try:
-        pool.run("make_meshes", [(3, 1)])
-        for kind, message in pool.run("mixed_up", Case(shape=(3, 1), queries=30)):
+        pool.run("make_meshes", [shape])
+        for kind, message in pool.run("mixed_up", Case(shape=shape, queries=30)):
             assert kind == "RankFailed", message
+            assert "causal: False on rank 0, True on rank 1, False on rank 2" in message
     finally:
         pool.close()
 
@@ -359,11 +371,12 @@ def test_repeats_its_bits_and_gives_memory_of_its_own(ranks, shape):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("raises", "rank 1 failed: ValueError: the kernel of this rank broke"), ("dies", "")]
+    ("how", "said"),
+    [("raises", "rank 1 failed: ValueError: the kernel of this rank broke"), ("dies", "rank 1 does not answer")],
 )
 @pytest.mark.parametrize("shape", [(3, 1), pytest.param((1, 3), marks=pytest.mark.slow)])
 def test_a_rank_that_fails_ends_the_others(shape, how, said):
-    pool = Ranks(3, timeout=10)
+    pool = Ranks(3, timeout=5)
     try:
         pool.run("make_meshes", [shape])
         answers = pool.answers("failing", Case(shape=shape, queries=30), 1, how)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from attn_core.errors import AttnError, BackendNotUsable, CallRefused
+from attn_core.parallel.comparison import ASKING, difference
 from attn_core.parallel.context import context
-from attn_core.parallel.faults import exchanged
+from attn_core.parallel.faults import DIFFERENT, exchanged
 from attn_core.parallel.kind import parsed
 from attn_core.parallel.preparation import prepare
 from attn_core.selection import graph_task
@@ -43,6 +43,7 @@ def agreed(kind: str) -> Prepared:
         if len(cp.shared.kinds) >= KINDS_REMEMBERED:
             cp.shared.kinds.clear()
         cp.shared.kinds[kind] = found
+    cp.shared.current = found
     return found
 
 
@@ -104,14 +105,15 @@ def refuse_whole(cp: ContextParallel, side: str, length: int) -> None:
     if cp.looks_whole(length):
         msg = (
             f"{side}: found {length} positions, as many as a whole sequence that was sharded; accepted: this rank's "
-            f"part, as cp.shard gives it, or parallel=cp.given_whole({side!r})"
+            f"part, as cp.shard gives it; a part that is as long, once cp.layout(lengths=[...]) was told of it on every rank; or "
+            f"parallel=cp.given_whole({side!r})"
         )
         raise CallRefused(msg)
 
 
 def agree_on_lengths(cp: ContextParallel, query: int, key: int) -> tuple[Layout, Layout]:
     """How the queries and the keys of a call lie, from the lengths of the parts on every rank."""
-    heard = exchange(cp, {"stage": "lengths", "query": query, "key": key})
+    heard = exchange(cp, {"stage": ASKING, "query": query, "key": key})
     query_layout, key_layout = (cp.layout_on([one[side] for one in heard]) for side in ("query", "key"))
     return query_layout, key_layout
 
@@ -120,27 +122,13 @@ def exchange(cp: ContextParallel, said: dict[str, Any]) -> list[dict[str, Any]]:
     """What all ranks say at this point; refused on each where they are not at the same point or mean different calls."""
     cp.shared.exchanges += 1
     heard = exchanged(cp, said)
-    described = [
-        _flat({name: one for name, one in other.items() if name in ("stage", "kind", "backend")}) for other in heard
-    ]
-    if any(other["refusal"] for other in heard if other["stage"] == "kind"):
-        described = [{**other, "backend": None} for other in described]
-    names = sorted({name for other in described for name in other})
-    differing = [name for name in names if len({json.dumps(other.get(name)) for other in described}) > 1]
-    if differing:
-        lines = "; ".join(
-            f"{name}: "
-            + ", ".join(f"{other.get(name)!r} on rank {rank}" for rank, other in zip(cp.ranks, described, strict=True))
-            for name in differing
-        )
-        msg = f"parallel: the ranks make different calls: {lines}. Every rank of a mesh makes the same calls in the same order"
-        raise RanksDisagree(msg)
+    refused = any(other.get("refusal") for other in heard)
+    compared = ("stage", "kind") if refused else ("stage", "kind", "backend")
+    said_by = {rank: {name: other.get(name) for name in compared} for rank, other in zip(cp.ranks, heard, strict=True)}
+    found = difference(said_by)
+    if found:
+        raise RanksDisagree("parallel: " + DIFFERENT.format(found=found))
     return heard
-
-
-def _flat(said: dict[str, Any]) -> dict[str, Any]:
-    kind = said.pop("kind", None) or {}
-    return {**said, **kind}
 
 
 def _refused(cp: ContextParallel, refusals: dict[int, list[str]]) -> AttnError:

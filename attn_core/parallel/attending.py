@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.parallel.agreement import agreed, layouts
 from attn_core.parallel.completion import check_mask, documents, once
 from attn_core.parallel.context import ContextParallel
-from attn_core.parallel.faults import told
+from attn_core.parallel.faults import alone, told
 from attn_core.parallel.gathering import gathered, taken
 from attn_core.parallel.kind import Kind
 from attn_core.parallel.layout import even
@@ -21,8 +22,10 @@ from attn_core.parallel.merge import wide
 from attn_core.parallel.ring import ring
 from attn_core.parallel.scope import suspended
 from attn_core.parallel.ulysses import exchange_of, over_heads
+from attn_core.running import watching
 
 if TYPE_CHECKING:
+    from attn_core.loading import Adapter
     from attn_core.parallel.layout import Layout, Segments
 
 
@@ -44,16 +47,18 @@ def parallel_attention(parallel: Any, query: Any, key: Any, value: Any, options:
     if not isinstance(parallel, ContextParallel):
         msg = f"parallel: found {parallel!r}; accepted: a ContextParallel of attn_core.parallel, or None"
         raise CallRefused(msg)
-    parallel.shared.begin()
-    parallel.shared.going = True
-    try:
-        return _read(parallel, query, key, value, options, backend)
-    finally:
-        parallel.shared.going = False
+    with alone(parallel):
+        parallel.shared.begin()
+        parallel.shared.going = True
+        try:
+            return _read(parallel, query, key, value, options, backend)
+        finally:
+            parallel.shared.going = False
 
 
 def _read(parallel: ContextParallel, query: Any, key: Any, value: Any, options: dict[str, Any], backend: Any) -> Any:
     with told(parallel):
+        _refuse_distributed(query=query, key=key, value=value, attn_mask=options["attn_mask"])
         reading.check_tensors(query, key, value)
         checked = reading.checked_options(options)
         attn_mask = options["attn_mask"]
@@ -70,6 +75,16 @@ def _read(parallel: ContextParallel, query: Any, key: Any, value: Any, options: 
     call = _Call(parallel, query, key, value, attn_mask, checked, (choice, chosen_by))
     with torch.autocast(query.device.type, enabled=False) if autocast is not None else nullcontext():
         return call.run()
+
+
+def _refuse_distributed(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if type(tensor) is not torch.Tensor and hasattr(tensor, "to_local"):
+            msg = (
+                f"{name}: found a {type(tensor).__name__}; accepted: this rank's part as a tensor of its own, "
+                f"{name}.to_local() where it lies as cp.shard would have it"
+            )
+            raise CallRefused(msg)
 
 
 def refuse_what_no_ring_has(*, dropout: bool, mask_gradient: bool, transformed: bool) -> None:
@@ -136,6 +151,7 @@ class _Call:
             )
         kind = self._kind(query_layout, key_layout)
         if kind.batch == 0:
+            agreed(kind.text)  # or the others would wait for this rank
             out, lse = empty(self.query, self.key, self.value)
         elif kind.mode == "ring":
             out, lse = ring(self.query, self.key, self.value, tensors_of(self.attn_mask), kind.text)
@@ -171,6 +187,7 @@ class _Call:
             self.checked,
             reading.mask_facts(mask, None),
             gradient=reading.needs_graph(query, key, value),
+            query_gradient=query_gradient(self.cp.mode, query, whole_key=key_layout is None),
             query=query_layout.flat,
             key=() if key_layout is None else key_layout.flat,
             keys=keys,
@@ -183,8 +200,16 @@ class _Call:
         if kind.mode == "hybrid":
             out, lse = ring(query, key, value, tensors_of(mask), kind.text)
             return out, lse
-        with told(self.cp), suspended():
-            return self._on_this_rank(kind, query, key, value, mask)
+        token = watching.set(self._watch)
+        try:
+            with told(self.cp), suspended():
+                return self._on_this_rank(kind, query, key, value, mask)
+        finally:
+            watching.reset(token)
+
+    def _watch(self, adapter: Adapter) -> Adapter:
+        """The adapter with a backward whose failure the others are told of."""
+        return replace(adapter, backward=partial(_told, self.cp, adapter.backward))
 
     def _on_this_rank(
         self, kind: Kind, query: Any, key: Any, value: Any, mask: Any
@@ -197,6 +222,11 @@ class _Call:
             backend=agreed(kind.text).backend,
         )  # fmt: skip
         return found if kind.return_lse else (found, found.new_empty(0))
+
+
+def _told(cp: ContextParallel, run: Any, *tensors: torch.Tensor, **options: Any) -> Any:
+    with told(cp):
+        return run(*tensors, **options)
 
 
 def kind_of(
@@ -245,6 +275,11 @@ def kind_of(
         **options,
         **known,
     )
+
+
+def query_gradient(mode: str, query: torch.Tensor, *, whole_key: bool) -> bool | None:
+    """What ``Kind`` has of it."""
+    return reading.needs_graph(query) if whole_key and mode != "ring" else None
 
 
 _OPTIONS = ("causal", "window_size", "softcap", "scale", "deterministic", "return_lse")

@@ -22,6 +22,7 @@ sent: Counter[str] = Counter()
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 _streams: dict[torch.device, Any] = {}
+_TAGS = 2**31
 _DOING = "exchanging keys or gradients round the ring"
 
 
@@ -41,6 +42,7 @@ class Transfer:
         self._purposes: list[str] = []
         self._arrivals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._works: list[Any] = []
+        self._peers: list[int | None] = []
 
     def send(self, tensor: torch.Tensor, place: int, purpose: str) -> None:
         """Send a tensor to a place of the ring; the purpose is for ``sent``."""
@@ -68,12 +70,14 @@ class Transfer:
             sent[purpose] += tensor.numel() * tensor.element_size()
         with blamed(self._cp, _DOING):
             self._works = dist.batch_isend_irecv(operations)
+            self._peers = peers_of(operations, self._works)
 
     def wait(self) -> None:
         """Have what arrives at hand, and what was sent free again: on a GPU, for the current stream."""
         if self._works:
-            with blamed(self._cp, _DOING):
-                for work in self._works:
+            blame = blamed(self._cp, _DOING)
+            with blame:
+                for blame.peer, work in zip(self._peers, self._works, strict=True):
                     work.wait()
         for tensor, host in self._arrivals:
             tensor.copy_(host, non_blocking=True)
@@ -83,16 +87,43 @@ class Transfer:
 def all_to_all(
     cp: ContextParallel, tensor: torch.Tensor, sending: list[int], receiving: list[int]
 ) -> tuple[torch.Tensor, ...]:
-    """Send a slice of a flat tensor to each ulysses place, so many elements each, and return what each has sent here."""
-    group = cp.group("ulysses")
+    """Send a slice of a flat tensor to each ulysses place, so many elements each, and return what each has sent here.
+
+    On NCCL it is one collective. Where messages can have tags they go one by one, so that none is taken for that of another
+    kind of call, or of another size.
+    """
     own = cp.place[1]
     sent["heads"] += (sum(sending) - sending[own]) * tensor.element_size()
     source = tensor.cpu() if tensor.is_cuda and "ulysses" in cp.staged else tensor
     found = source.new_empty(sum(receiving))
-    with blamed(cp, "exchanging heads"):
-        dist.all_to_all_single(found, source, receiving, sending, group=group)
+    blame = blamed(cp, "exchanging heads")
+    with blame:
+        if source.is_cuda:
+            dist.all_to_all_single(found, source, receiving, sending, group=cp.group("ulysses"))
+        else:
+            _tagged(cp, source.split(sending), found.split(receiving), blame)
     parts: tuple[torch.Tensor, ...] = found.to(tensor.device).split(receiving)
     return parts
+
+
+def _tagged(
+    cp: ContextParallel, sending: tuple[torch.Tensor, ...], receiving: tuple[torch.Tensor, ...], blame: blamed
+) -> None:
+    group, own, tag = cp.group("ulysses"), cp.place[1], cp.shared.current.tag
+    operations: list[Any] = []
+    for place, rank in enumerate(cp.grid[cp.place[0]]):
+        for post, tensor in ((dist.isend, sending[place]), (dist.irecv, receiving[place])):
+            if place != own and tensor.numel():
+                operations.append(dist.P2POp(post, tensor, rank, group, (tag + tensor.numel()) % _TAGS))
+    works = dist.batch_isend_irecv(operations) if operations else []
+    receiving[own].copy_(sending[own])
+    for blame.peer, work in zip(peers_of(operations, works), works, strict=True):
+        work.wait()
+
+
+def peers_of(operations: list[Any], works: list[Any]) -> list[int | None]:
+    """The global rank at the other end of each work; None where NCCL has made one of several."""
+    return [one.peer for one in operations] if len(works) == len(operations) else [None] * len(works)
 
 
 def all_gather(group: Any, tensor: torch.Tensor) -> torch.Tensor:

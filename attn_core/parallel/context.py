@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from attn_core.errors import AttnError, CallRefused
 from attn_core.parallel import gathering
+from attn_core.parallel.faults import tell_of_the_end
 from attn_core.parallel.layout import ORDERS, Layout, even
 
 if TYPE_CHECKING:
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
 RING, ULYSSES = "ring", "ulysses"
 Side = Literal["query", "key"]
 
+LAYOUTS_REMEMBERED = 64
+"""Of how many sequences it is remembered how they lie; the ranks ask each other of what was forgotten."""
+
 contexts: dict[str, ContextParallel] = {}
 """By name, for the operators, which take no objects."""
+
+tell_of_the_end(contexts)
 
 
 @dataclass
@@ -33,6 +40,7 @@ class Shared:
     Attributes:
         layouts: of the sequences that were sharded, or told of; the last of them last.
         latest: the last of them.
+        known: what ``known_layout`` has found among them.
         told: the last two in words, which compiled code guards.
         calls: how many were begun; the same on every rank, so that a failure belongs to a call.
         going: whether a call that was begun here is still read; what compiled code runs begins calls by itself.
@@ -40,10 +48,13 @@ class Shared:
         exchanges: how often the ranks have spoken to one another.
         spoken: the keys of the store under which this rank has done so, until all have read them.
         kinds: of calls that all ranks have agreed on, with what was prepared for them.
+        turn: held by the thread that has a call going on.
+        current: what was prepared for the call that is going on.
     """
 
     layouts: dict[Layout, None] = field(default_factory=dict)
     latest: Layout | None = None
+    known: dict[int, Layout] = field(default_factory=dict)
     told: str = ""
     calls: int = 0
     going: bool = False
@@ -51,6 +62,18 @@ class Shared:
     exchanges: int = 0
     spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
+    turn: Any = field(default_factory=RLock)
+    current: Any = None
+
+    def remember(self, layout: Layout) -> None:
+        """That it was sharded, or told of, last; the one that was told of longest ago is forgotten where there are many."""
+        if layout not in self.layouts:
+            self.known.clear()
+        self.layouts.pop(layout, None)  # to be the last
+        self.layouts[layout] = None
+        self.latest = layout
+        if len(self.layouts) > LAYOUTS_REMEMBERED:
+            del self.layouts[next(iter(self.layouts))]
 
     def begin(self) -> None:
         """Begin a call, on every rank."""
@@ -176,9 +199,7 @@ class ContextParallel:
         else:
             layout = self._given(tuple(lengths), total)
         if layout != self.shared.latest:
-            self.shared.layouts.pop(layout, None)  # to be the last
-            self.shared.layouts[layout] = None
-            self.shared.latest = layout
+            self.shared.remember(layout)
             self.shared.told = "; ".join(f"{one.flat}" for one in self.recent)
         return layout
 
@@ -207,10 +228,13 @@ class ContextParallel:
 
         The answer, whether there is one, is the same on every rank, as long as all were told of the same layouts.
         """
-        mine = [layout for layout in self.shared.layouts if layout.flat[self.index] == local]
-        if len(mine) != 1 or any(_alike(mine[0], other) for other in self.shared.layouts):
-            return None
-        return mine[0]
+        found = self.shared.known.get(local)
+        if found is None:
+            mine = [layout for layout in self.shared.layouts if layout.flat[self.index] == local]
+            if len(mine) != 1 or any(_alike(mine[0], other) for other in self.shared.layouts):
+                return None
+            found = self.shared.known[local] = mine[0]
+        return found
 
     def looks_whole(self, local: int) -> bool:
         """Whether a tensor of this length is rather a sequence that was sharded here than a part of one."""
@@ -316,8 +340,11 @@ def context(name: str) -> ContextParallel:
 
 def _grid(mesh: DeviceMesh, names: tuple[str, ...], ring: int, ulysses: int) -> tuple[tuple[int, ...], ...]:
     """The global ranks that share this rank's sequence, by ring place and ulysses place."""
-    part = mesh if mesh.mesh_dim_names == names else mesh[names if len(names) > 1 else names[0]]
-    ranks = part.mesh.reshape(ring, ulysses).tolist()
+    within = tuple(
+        name for name in mesh.mesh_dim_names or () if name in names
+    )  # torch slices a mesh in its own order alone
+    part = mesh if mesh.mesh_dim_names == within else mesh[within if len(within) > 1 else within[0]]
+    ranks = (part.mesh if within == names else part.mesh.T).reshape(ring, ulysses).tolist()
     return tuple(tuple(int(rank) for rank in row) for row in ranks)
 
 

@@ -5,7 +5,10 @@ It goes by way of the store that the process group was made with, which answers 
 
 from __future__ import annotations
 
+import atexit
 import json
+import re
+import sys
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from attn_core.errors import AttnError
+from attn_core.errors import AttnError, CallRefused
+from attn_core.parallel.comparison import ASKING, difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
     from attn_core.parallel.context import ContextParallel
 
+DIFFERENT = "the ranks make different calls: {found}. Every rank of a mesh makes the same calls in the same order"
+_ALL_CALLS = 2**62
 _PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
@@ -42,22 +48,46 @@ def timeout_of(cp: ContextParallel) -> float:
     return float(distributed_c10d.default_pg_timeout.total_seconds())
 
 
-def note(cp: ContextParallel, error: BaseException) -> None:
-    """Tell the others why this rank takes no further part in the call that it is in."""
-    said = {"call": cp.shared.calls, "text": f"{type(error).__name__}: {error}"}
-    with suppress(Exception):  # the store may be gone with the rank that held it
-        store().set(_failure(cp, dist.get_rank()), json.dumps(said))
+def note(cp: ContextParallel, error: BaseException, call: int | None = None) -> None:
+    """Tell the others why this rank takes no further part in the call that it is in, or in one and all that follow."""
+    _leave(
+        cp, "failed", {"call": cp.shared.calls if call is None else call, "text": f"{type(error).__name__}: {error}"}
+    )
+
+
+def _tell_of_the_end(contexts: dict[str, ContextParallel]) -> None:
+    """Tell the others, as this process ends with an error that nobody caught, of which call it may be in."""
+    error = getattr(sys, "last_value", None)
+    if isinstance(error, BaseException) and not isinstance(error, RankFailed) and dist.is_initialized():
+        for cp in contexts.values():
+            note(cp, error, _ALL_CALLS)
+
+
+def tell_of_the_end(contexts: dict[str, ContextParallel]) -> None:
+    """Have the others told where this process ends with an error that nobody catches."""
+    atexit.register(_tell_of_the_end, contexts)
 
 
 def notes(cp: ContextParallel, since: int) -> dict[int, str]:
     """What other ranks have told so, of this call or one ``since``: what was refused before belongs to nobody waiting now."""
+    return {rank: said["text"] for rank, said in _left(cp, "failed", since).items()}
+
+
+def _leave(cp: ContextParallel, what: str, said: dict[str, Any]) -> None:
+    with suppress(Exception):  # the store may be gone with the rank that held it
+        store().set(f"attn_core/{cp.name}/{what}/{dist.get_rank()}", json.dumps(said))
+
+
+def _left(cp: ContextParallel, what: str, since: int) -> dict[int, dict[str, Any]]:
+    """What other ranks have left under this name, of this call or one ``since``."""
     found = {}
     with suppress(Exception):  # as above
         for rank in cp.ranks:
-            if rank != dist.get_rank() and store().check([_failure(cp, rank)]):
-                said = json.loads(store().get(_failure(cp, rank)))
+            key = f"attn_core/{cp.name}/{what}/{rank}"
+            if rank != dist.get_rank() and store().check([key]):
+                said = json.loads(store().get(key))
                 if said["call"] >= since:
-                    found[rank] = said["text"]
+                    found[rank] = said
     return found
 
 
@@ -77,13 +107,45 @@ def told(cp: ContextParallel) -> Iterator[None]:
         raise
 
 
-class blamed:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every message
-    """Give what goes wrong between ranks the name of the rank that it comes from."""
+class alone:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every call
+    """Refuse, and tell the others of it, where another thread of this rank is in a call over the same ranks.
 
-    __slots__ = ("_cp", "_doing")
+    Messages of two threads would be taken for one another's. A backward may well run in a thread of autograd's own.
+    """
+
+    __slots__ = ("_cp",)
+
+    def __init__(self, cp: ContextParallel) -> None:
+        self._cp = cp
+
+    def __enter__(self) -> None:
+        if self._cp.shared.turn.acquire(blocking=False):
+            return
+        msg = (
+            f"parallel: another thread of rank {dist.get_rank()} has a call over these ranks under way; accepted: one at a "
+            "time, in the same order on every rank. Make the calls of a ContextParallel in one thread, and give another "
+            "thread one over other ranks"
+        )
+        error = CallRefused(msg)
+        note(self._cp, error)
+        raise error
+
+    def __exit__(self, *_: object) -> None:
+        self._cp.shared.turn.release()
+
+
+class blamed:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every message
+    """Give what goes wrong between ranks the name of the rank that it comes from.
+
+    Attributes:
+        peer: the rank at the other end of the message that is waited for, where that is known.
+    """
+
+    __slots__ = ("_cp", "_doing", "peer")
 
     def __init__(self, cp: ContextParallel, doing: str) -> None:
         self._cp, self._doing = cp, doing
+        self.peer: int | None = None
 
     def __enter__(self) -> None: ...
 
@@ -92,14 +154,60 @@ class blamed:  # noqa: N801 - a context manager reads as a verb; a class, since 
     ) -> None:
         if not isinstance(error, RuntimeError):
             return
-        told_by = notes(
-            self._cp, self._cp.shared.calls - 1
-        )  # it may have failed in the call before, when this rank had its part
-        if told_by:
-            msg = f"parallel: {_named(told_by)} (noticed by rank {dist.get_rank()} while {self._doing})"
-        else:
-            msg = f"parallel: rank {dist.get_rank()} got no answer while {self._doing}: {error}"
+        cp = self._cp
+        late = _LATE.search(str(error)) is not None
+        said = {"stage": None, "kind": cp.shared.current and cp.shared.current.kind.described()}
+        found = _cause(cp, said, None if late else self.peer) or f"no answer: {error}"
+        msg = f"parallel: {found} (noticed by rank {dist.get_rank()} while {self._doing}: {error})"
         raise RankFailed(msg) from error
+
+
+_LATE = re.compile("timed? ?out", re.IGNORECASE)
+_GRACE = 3.0
+"""Seconds that a rank whose wait ended without an answer gives the others to say the same of theirs."""
+
+
+def _cause(cp: ContextParallel, said: dict[str, Any], gone: int | None) -> str:
+    """Why a wait for others ended without an answer, from what they say of theirs; empty where nobody knows.
+
+    Args:
+        cp: the ranks.
+        said: what this rank's call is.
+        gone: the rank that broke the connection, where one did.
+    """
+    others = set(cp.ranks) - {dist.get_rank()}
+    said = json.loads(json.dumps({**said, "call": cp.shared.calls}))  # as the others have it
+    word = {"call": cp.shared.calls, "said": said, "cause": "", "blamed": []}
+    _leave(cp, "waited", word)
+    awaited = others if gone is None else {gone}
+    end = time.monotonic() + (_GRACE if gone is None else _GRACE / 3)
+    while True:
+        failed, heard = notes(cp, cp.shared.calls - 1), _left(cp, "waited", cp.shared.calls - 1)
+        if failed or awaited <= set(heard) or time.monotonic() > end:
+            break
+        time.sleep(_LONGEST_PAUSE)
+    if failed:
+        return _named(failed)
+    word["cause"], word["blamed"] = _compared(cp, said, heard, sorted(awaited - set(heard)))
+    _leave(cp, "waited", word)
+    return str(word["cause"])
+
+
+def _compared(
+    cp: ContextParallel, said: dict[str, Any], heard: dict[int, dict[str, Any]], silent: list[int]
+) -> tuple[str, list[int]]:
+    """The cause, and the ranks that it lies with."""
+    me = dist.get_rank()
+    for other in heard.values():  # which may have found it before
+        if other["blamed"] and me not in other["blamed"]:
+            return other["cause"], other["blamed"]
+    words = {rank: said if rank == me else heard[rank]["said"] for rank in cp.ranks if rank == me or rank in heard}
+    found = difference({rank: one for rank, one in words.items() if one["kind"] or one["stage"]})
+    if found:
+        return DIFFERENT.format(found=found), []
+    if silent:
+        return f"rank {', '.join(map(str, silent))} does not answer: it has ended, or makes no such call", silent
+    return "", []
 
 
 def exchanged(cp: ContextParallel, said: dict[str, Any]) -> list[dict[str, Any]]:
@@ -117,15 +225,15 @@ def exchanged(cp: ContextParallel, said: dict[str, Any]) -> list[dict[str, Any]]
     while silent:
         silent = {rank for rank in silent if not place.check([keys[rank]])}
         failed = notes(cp, cp.shared.calls) if silent else {}
-        if failed:
+        if failed and any(
+            not place.check([keys[rank]]) for rank in silent
+        ):  # or it has failed of what all have said here
             msg = f"parallel: {_named(failed)} (noticed by rank {dist.get_rank()} before anything was sent)"
             raise RankFailed(msg)
         if silent and time.monotonic() > end:
-            msg = (
-                f"parallel: rank {', '.join(map(str, sorted(silent)))} made no such call within the group's timeout. "
-                "Every rank of the mesh makes the same calls in the same order; of sequences whose parts it has not "
-                "seen before, tell cp.layout(lengths=[...]) on every rank"
-            )
+            described = {"stage": ASKING if said["stage"] == ASKING else None, "kind": said.get("kind")}
+            found = _cause(cp, described, None) or f"rank {', '.join(map(str, sorted(silent)))} makes no such call"
+            msg = f"parallel: {found} (noticed by rank {dist.get_rank()} before anything was sent, at the group's timeout)"
             raise RankFailed(msg)
         if silent:
             time.sleep(pause)
@@ -135,7 +243,3 @@ def exchanged(cp: ContextParallel, said: dict[str, Any]) -> list[dict[str, Any]]
         place.delete_key(key)
     cp.shared.spoken[:] = [keys[dist.get_rank()]]
     return heard
-
-
-def _failure(cp: ContextParallel, rank: int) -> str:
-    return f"attn_core/{cp.name}/failed/{rank}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core.parallel.communication import all_gather
-from attn_core.parallel.faults import blamed
+from attn_core.parallel.faults import alone, blamed
 from attn_core.parallel.layout import Segment
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def gather(tensor: torch.Tensor, dim: int, name: str, lengths: Sequence[int]) ->
     from attn_core.parallel.context import context
 
     cp = context(name)
-    return ordered(all_parts(cp, tensor, dim, lengths), dim, cp.layout_on(lengths))
+    with alone(cp):
+        return ordered(all_parts(cp, tensor, dim, lengths), dim, cp.layout_on(lengths))
 
 
 @gather.register_fake

@@ -45,6 +45,8 @@ class Kind:
         mask_once: which of (B, Hq, Sq, Skv) a dense mask gives once for all.
         documents: lengths of the packed sequences, of queries and of keys; None where there are none, or ``READ_LATER``.
         gradient: whether a gradient may be asked for.
+        query_gradient: whether one of the queries, where they are exchanged for heads without the keys; ranks that want none
+            have no part in the exchange of the backward.
         operators: ``OPERATORS``.
     """
 
@@ -76,6 +78,7 @@ class Kind:
     mask_dtype: str | None = None
     mask_once: tuple[bool, ...] | None = None
     documents: tuple[tuple[int, ...], tuple[int, ...]] | str | None = None
+    query_gradient: bool | None = None
     operators: int = OPERATORS
 
     @property

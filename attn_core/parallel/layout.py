@@ -48,7 +48,7 @@ class Layout:
     lengths: Lengths
     order: str
 
-    @property
+    @cached_property
     def flat(self) -> tuple[int, ...]:
         """The lengths of all ranks, in the order of the grid."""
         return tuple(length for row in self.lengths for length in row)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from attn_core.errors import CallRefused
 from attn_core.parallel.agreement import agreed, begun
 from attn_core.parallel.communication import Transfer
 from attn_core.parallel.completion import completed, how_many_lengths, lengths_of
-from attn_core.parallel.faults import told
+from attn_core.parallel.faults import alone, told
 from attn_core.parallel.kind import parsed
 from attn_core.parallel.merge import wide
 from attn_core.parallel.part import options_of
@@ -77,12 +78,13 @@ class Ring:
         prepared: the kind of call.
         key: this rank's own.
         value: this rank's own.
+        late: whether it is the backward, whose messages are not taken for those of a forward.
     """
 
-    def __init__(self, prepared: Prepared, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(self, prepared: Prepared, key: torch.Tensor, value: torch.Tensor, *, late: bool = False) -> None:
         self.cp = prepared.kind.cp
         self.course = prepared.course
-        self.tag = prepared.tag
+        self.tag = prepared.tag ^ late
         self.places = self.cp.ring
         self.place = self.cp.place[0]
         self.onward = (self.place + 1) % self.places  # the place that chunks go to
@@ -152,12 +154,13 @@ def _ring(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Sequence[torch.Tensor], kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = parsed(kind)
-    if found.mode == "ring":
-        begun(found.cp)
-    prepared = agreed(completed(kind, query, key, mask))
-    with told(prepared.kind.cp), torch.no_grad():
-        out, lse = _forward(prepared, query, key, value, _dense(prepared, mask, query))
-        return out, lse, torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
+    with alone(found.cp):
+        if found.mode == "ring":
+            begun(found.cp)
+        prepared = agreed(completed(kind, query, key, mask))
+        with told(found.cp), torch.no_grad():
+            out, lse = _forward(prepared, query, key, value, _dense(prepared, mask, query))
+            return out, lse, torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
 
 
 def _forward(
@@ -305,9 +308,11 @@ def ring_backward(
     kind: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of this rank's queries, keys and values."""
-    prepared = agreed(completed(kind, query, key, mask, lengths.tolist()))
-    with told(prepared.kind.cp), torch.no_grad():
-        return _backward(prepared, (grad_out, query, out, lse), key, value, _dense(prepared, mask, query))
+    cp = parsed(kind).cp
+    with alone(cp):
+        prepared = agreed(completed(kind, query, key, mask, lengths.tolist()))
+        with told(cp), torch.no_grad():
+            return _backward(prepared, (grad_out, query, out, lse), key, value, _dense(prepared, mask, query))
 
 
 def _backward(
@@ -320,7 +325,7 @@ def _backward(
     grad_out, query, out, lse = rows_of
     backward: Any = prepared.adapter.backward
     options = {**prepared.options, **prepared.deterministic[1]}
-    going = Ring(prepared, key, value)
+    going = Ring(prepared, key, value, late=True)
     gradients = Gradients(going)
     grad_query, rows = Rows(query, query.shape[3], weighted=False), cutter((grad_out, 1), (query, 1))
     results = cache(lambda part: (out[:, slice(*part)], lse[:, :, slice(*part)].contiguous()))
@@ -361,6 +366,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
     query, key, value, mask, kind = inputs
     ctx.save_for_backward(query, key, value, *output, *mask)
     ctx.kind = kind
+
+
+def _no_second(*_: Any) -> Any:
+    msg = (
+        "backward: a gradient of the gradient (create_graph=True) is not supported round a ring; use ulysses with a backend "
+        "whose own graph has it, or one device"
+    )
+    raise CallRefused(msg)
+
+
+ring_backward.register_autograd(_no_second)
 
 
 def _gradients(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor) -> Any:

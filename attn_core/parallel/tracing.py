@@ -15,7 +15,7 @@ import torch
 from attn_core import reading, traced
 from attn_core.errors import AttnError
 from attn_core.parallel.agreement import refuse_whole
-from attn_core.parallel.attending import empty, kind_of, refuse_what_no_ring_has, tensors_of
+from attn_core.parallel.attending import empty, kind_of, query_gradient, refuse_what_no_ring_has, tensors_of
 from attn_core.parallel.completion import check_mask
 from attn_core.parallel.context import context
 from attn_core.parallel.faults import note
@@ -71,6 +71,7 @@ def traced_parallel(
             {name: traced.plain(option) for name, option in checked.items()},
             reading.mask_facts(attn_mask, None),
             reading.needs_graph(query, key, value),
+            query_gradient(mode, query, whole_key="key" in whole),
         )
         compute = _round if mode == "ring" else _over_heads
         out, lse = compute((name, "key" in whole, rows, told), facts, query, key, value, attn_mask)
@@ -168,6 +169,7 @@ def _kind(
     checked: dict[str, Any],
     mask: dict[str, Any],
     gradient: bool,
+    query_gradient: bool | None,
     *,
     query: tuple[int, ...] | None,
     key: tuple[int, ...] | None,
@@ -184,7 +186,7 @@ def _kind(
         once = (*once[:2], once[2] and 1 not in query, once[3])
     return kind_of(
         context(name), chosen, device, dtype, (None, *sizes), checked, mask,
-        gradient=gradient, query=query, key=key, keys=keys, mask_once=once,
+        gradient=gradient, query_gradient=query_gradient, query=query, key=key, keys=keys, mask_once=once,
         documents=READ_LATER if mask.get("mask") == "packed" else None,
     )  # fmt: skip
 

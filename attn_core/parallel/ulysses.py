@@ -11,7 +11,7 @@ import torch
 from attn_core.parallel import communication
 from attn_core.parallel.agreement import agreed, begun
 from attn_core.parallel.completion import with_batch
-from attn_core.parallel.faults import blamed, told
+from attn_core.parallel.faults import alone, blamed, told
 from attn_core.parallel.heads import Spread, by_heads, by_positions, shares
 from attn_core.parallel.kind import parsed
 from attn_core.parallel.merge import wide
@@ -121,17 +121,21 @@ _SCHEMA = "(Tensor[] tensors, SymInt[] spread, str kind) -> Tensor[]"
 
 @torch.library.custom_op("attn_core::to_heads", mutates_args=(), schema=_SCHEMA)
 def _to_heads(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: str) -> list[torch.Tensor]:
-    begun(parsed(kind).cp)
-    cp = agreed(with_batch(kind, tensors[0])).kind.cp
-    with told(cp), torch.no_grad():
-        return by_heads(cp, tensors, Spread.flat(spread, cp.ulysses))
+    cp = parsed(kind).cp
+    with alone(cp):
+        begun(cp)
+        agreed(with_batch(kind, tensors[0]))
+        with told(cp), torch.no_grad():
+            return by_heads(cp, tensors, Spread.flat(spread, cp.ulysses))
 
 
 @torch.library.custom_op("attn_core::to_positions", mutates_args=(), schema=_SCHEMA)
 def _to_positions(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: str) -> list[torch.Tensor]:
-    cp = agreed(with_batch(kind, tensors[0])).kind.cp
-    with told(cp), torch.no_grad():
-        return by_positions(cp, tensors, Spread.flat(spread, cp.ulysses))
+    cp = parsed(kind).cp
+    with alone(cp):
+        agreed(with_batch(kind, tensors[0]))
+        with told(cp), torch.no_grad():
+            return by_positions(cp, tensors, Spread.flat(spread, cp.ulysses))
 
 
 @_to_heads.register_fake
@@ -168,7 +172,7 @@ _to_positions.register_autograd(
 def all_rows(mask: torch.Tensor, lengths: Sequence[int], kind: str) -> torch.Tensor:
     """The rows of a dense mask (B, H, s, Skv) of all places of the ulysses group, one after another."""
     cp = parsed(kind).cp
-    with told(cp), torch.no_grad():
+    with alone(cp), told(cp), torch.no_grad():
         group = cp.group("ulysses")
         rows = mask.transpose(0, 2).contiguous()
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
