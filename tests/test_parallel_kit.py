@@ -13,6 +13,7 @@ from attn_core.testing.kit import FAILED, PASSED
 
 ZOO = Path(__file__).parent / "zoo"
 MODES = {"ring-forward": (3, 1), "ring-backward": (3, 1), "ulysses": (1, 3)}
+HYBRID = (2, 2)  # has no check of its own: what it is made of has
 BACKENDS = ["native", "native_math", "native_flash", "chunked", pytest.param("flex", marks=pytest.mark.slow)]
 LIARS = [
     "zoo:honest",
@@ -34,7 +35,7 @@ def zoo(ranks, tmp_path_factory):
     folders = [str(info.parent), str(ZOO)]
     sys.path[:0] = folders
     registry.refresh()
-    ranks.run("parallel_kit.install", *folders, on=3)
+    ranks.run("parallel_kit.install", *folders, on=4)
     yield
     for folder in folders:
         sys.path.remove(folder)
@@ -47,11 +48,10 @@ def said_by_the_kit(name):
     return {outcome.check: outcome.status for outcome in outcomes}
 
 
-def found_by_ranks(ranks, name, check):
+def found_by_ranks(ranks, name, shape, *, gradient):
     """Whether the results over ranks are within what the kit allows, or why they are refused."""
-    shape = MODES[check]
     found = [
-        ranks.run("parallel_kit.held", name, shape, dtype, causal, check == "ring-backward", on=3)[0]
+        ranks.run("parallel_kit.held", name, shape, dtype, causal, gradient, on=shape[0] * shape[1])[0]
         for dtype in ("float32", "bfloat16")
         for causal in (False, True)
     ]
@@ -61,13 +61,17 @@ def found_by_ranks(ranks, name, check):
 
 def agree(ranks, name):
     kit = said_by_the_kit(name)
-    for check in MODES:
-        found = found_by_ranks(ranks, name, check)
+    for check, shape in MODES.items():
+        found = found_by_ranks(ranks, name, shape, gradient=check == "ring-backward")
         if isinstance(found, str):
             assert "not supported" in found
             assert kit.get(check) not in (PASSED, FAILED), check
         else:
             assert kit[check] == (PASSED if found else FAILED), check
+    for gradient, parts in ((False, ["ring-forward", "ulysses"]), (True, ["ring-backward", "ulysses"])):
+        found = found_by_ranks(ranks, name, HYBRID, gradient=gradient)
+        sound = all(kit.get(check) == PASSED for check in parts)
+        assert (found is True) == sound, (gradient, found)
     return kit
 
 
