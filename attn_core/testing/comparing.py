@@ -95,15 +95,20 @@ def _same(before: Any, after: Any) -> bool:
     return before is None or (before[0] == after[0] and same_bits(before[1], after[1]))
 
 
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of a shape and dtype have the same bits: NaN is then equal to itself.
+    """Whether two real tensors are of one shape and dtype and have the same bits: NaN is then equal to itself.
 
     >>> import torch
     >>> same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan])), same_bits(torch.zeros(1), torch.ones(1))
     (True, False)
     """
-    raw = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
-    return torch.equal(*raw)
+    if one.dtype != other.dtype:
+        return False
+    whole = _WHOLE[one.element_size()]  # of the same size: such a view is had of any strides
+    return torch.equal(one.detach().view(whole), other.detach().view(whole))
 
 
 def effective(case: Case) -> torch.dtype:
