@@ -83,20 +83,27 @@ def _checked_graph(name: str, run: Callable[..., Any], query: Any, key: Any, val
     return result
 
 
+_LENGTHS_REMEMBERED = 256
+
+
 def _once_differentiable(
-    refuse: Callable[[torch.Tensor], None], run: Callable[..., Any], seen: dict[str, bool], *given: Any, **options: Any
+    refuse: Callable[[torch.Tensor], None], run: Callable[..., Any], seen: dict[Any, bool], *given: Any, **options: Any
 ) -> Any:
     """Refuse a gradient of the gradient where Python computes the first one: it may be differentiable, and wrong.
 
-    torch's own kernels refuse it themselves, where it is used and not before, and pay nothing here: ``seen`` keeps whether
-    there is Python in the graphs of this kind.
+    torch's own kernels refuse it themselves, where it is used and not before, and pay next to nothing here: ``seen`` keeps
+    whether there is Python in the graphs of calls of these lengths, by which an adapter may choose.
     """
     result = run(*given, **options)
     out = result[0] if type(result) is tuple else result
-    if "python" not in seen:
+    query, key, *_ = given
+    lengths = query.shape, key.shape
+    if lengths not in seen:
+        if len(seen) >= _LENGTHS_REMEMBERED:
+            seen.clear()
         inputs = [tensor for tensor in (*given, options.get("attn_mask")) if isinstance(tensor, torch.Tensor)]
-        seen["python"] = _has_python(out.grad_fn, inputs)
-    if seen["python"]:
+        seen[lengths] = _has_python(out.grad_fn, inputs)
+    if seen.get(lengths, True):  # another thread may have cleared it
         out.register_hook(refuse)
     return result
 

@@ -61,7 +61,7 @@ def two_threads(label, shape):
     with_turn, may_end = threading.Event(), threading.Event()
 
     def other():
-        with cp.shared.turn:  # as a call of its own holds it
+        with cp.turn:  # as a call of its own holds it
             with_turn.set()
             may_end.wait()
 

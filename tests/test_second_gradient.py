@@ -48,6 +48,8 @@ KERNELS = """
                     torch.einsum("bhqk,bqhd->bkhd", weights, grad), None)
 
     def python_once(query, key, value, *, scale, attn_mask=None, return_lse=False):
+        if query.shape[1] < 5:
+            return twice(query, key, value, scale=scale, attn_mask=attn_mask, return_lse=return_lse)
         out, lse = FromLse.apply(query, key, value, scale)
         out = out.contiguous() if attn_mask is None else out + attn_mask.sum() * 0
         return (out, lse) if return_lse else out
@@ -73,8 +75,8 @@ def installed(tmp_path_factory):
     call.forget()
 
 
-def leaves():
-    return [torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+def leaves(length=5):
+    return [torch.randn(1, length, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
 
 def first(tensors, backend, *, create_graph=True, **options):
@@ -85,6 +87,8 @@ def first(tensors, backend, *, create_graph=True, **options):
 
 @pytest.mark.parametrize("options", [{}, {"return_lse": True}, {"attn_mask": torch.zeros(1, 1, 5, 5).double()}])
 def test_is_refused_where_python_makes_the_graph_and_none_is_declared(options):
+    if not options:  # of other lengths this adapter has a graph of torch's own
+        first(leaves(length=4), "python_once")
     tensors = leaves()
     for _ in range(2):  # the first call of a kind, and the next
         with pytest.raises(CallRefused, match=r"python_once refused.*keeps the lse.*native_math"):

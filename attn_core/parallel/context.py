@@ -27,6 +27,8 @@ Side = Literal["query", "key"]
 LAYOUTS_REMEMBERED = 64
 """Of how many sequences it is remembered how they lie; the ranks ask each other of what was forgotten."""
 
+turns: dict[tuple[int, ...], Any] = {}
+"""By ranks: held by the thread that has a call over them going on, whatever their grid and order."""
 contexts: dict[str, ContextParallel] = {}
 """By name, for the operators, which take no objects."""
 
@@ -48,7 +50,6 @@ class Shared:
         exchanges: how often the ranks have spoken to one another.
         spoken: the keys of the store under which this rank has done so, until all have read them.
         kinds: of calls that all ranks have agreed on, with what was prepared for them.
-        turn: held by the thread that has a call going on.
         current: what was prepared for the call that is going on.
     """
 
@@ -62,7 +63,6 @@ class Shared:
     exchanges: int = 0
     spoken: list[str] = field(default_factory=list)
     kinds: dict[str, Any] = field(default_factory=dict)
-    turn: Any = field(default_factory=RLock)
     current: Any = None
 
     def remember(self, layout: Layout) -> None:
@@ -135,6 +135,7 @@ class ContextParallel:
         self.staged = tuple(name for name in names if dist.get_backend(self._groups[name]) == "gloo")
         self.name = f"{self.mode}:{order}:{self.grid}"
         known = contexts.get(self.name)
+        self.turn = turns.setdefault(tuple(sorted(self.ranks)), RLock())
         self.shared: Shared = Shared() if known is None or not known.alive else known.shared
         contexts[self.name] = self
 

@@ -50,9 +50,9 @@ def timeout_of(cp: ContextParallel) -> float:
 
 def note(cp: ContextParallel, error: BaseException, call: int | None = None) -> None:
     """Tell the others why this rank takes no further part in the call that it is in, or in one and all that follow."""
-    _leave(
-        cp, "failed", {"call": cp.shared.calls if call is None else call, "text": f"{type(error).__name__}: {error}"}
-    )
+    call = cp.shared.calls if call is None else call
+    refused = isinstance(error, AttnError)
+    _leave(cp, "failed", {"call": call, "text": f"{type(error).__name__}: {error}", "refused": refused})
 
 
 def _tell_of_the_end(contexts: dict[str, ContextParallel]) -> None:
@@ -70,7 +70,8 @@ def tell_of_the_end(contexts: dict[str, ContextParallel]) -> None:
 
 def notes(cp: ContextParallel, since: int) -> dict[int, str]:
     """What other ranks have told so, of this call or one ``since``: what was refused before belongs to nobody waiting now."""
-    return {rank: said["text"] for rank, said in _left(cp, "failed", since).items()}
+    left = _left(cp, "failed", since)
+    return {rank: said["text"] for rank, said in left.items() if said["call"] >= cp.shared.calls or not said["refused"]}
 
 
 def _leave(cp: ContextParallel, what: str, said: dict[str, Any]) -> None:
@@ -119,7 +120,7 @@ class alone:  # noqa: N801 - a context manager reads as a verb; a class, since i
         self._cp = cp
 
     def __enter__(self) -> None:
-        if self._cp.shared.turn.acquire(blocking=False):
+        if self._cp.turn.acquire(blocking=False):
             return
         msg = (
             f"parallel: another thread of rank {dist.get_rank()} has a call over these ranks under way; accepted: one at a "
@@ -131,7 +132,7 @@ class alone:  # noqa: N801 - a context manager reads as a verb; a class, since i
         raise error
 
     def __exit__(self, *_: object) -> None:
-        self._cp.shared.turn.release()
+        self._cp.turn.release()
 
 
 class blamed:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every message

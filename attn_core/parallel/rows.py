@@ -55,7 +55,7 @@ class Rows:
         given, self._kept, before = self._kept, [], self._sum
         if not before and len(given) == 1 and given[0][0] == self._whole:
             ((_, (one, *lse)),) = given
-            self._sum = (one.to(dtype).contiguous(), *(level.to(wide(dtype)).contiguous() for level in lse))
+            self._sum = _own(one.to(dtype)), *(_own(level.to(wide(dtype))) for level in lse)
             return
         edges = {edge for rows, _ in given for edge in rows}
         in_place = bool(before) and before[0].dtype == dtype
@@ -87,6 +87,12 @@ class Rows:
             merge(parts, *target)
         else:
             add([part for (part,) in parts], *target)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and not in memory that is kept for more than it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _cut_out(rows: Segment, part: tuple[torch.Tensor, ...], start: int, stop: int) -> tuple[torch.Tensor, ...]:

@@ -24,7 +24,9 @@ def other_lengths(case: Case) -> Iterator[Case]:
     keys = case.queries if case.keys is None else case.keys
     first = BLOCKS[0]
     lengths = [(_up(case.queries, first), _up(keys, first)), (1, keys), (1, _up(keys, first))]
-    lengths += [(_up(case.queries, block), _up(keys, block)) for block in BLOCKS[1:]]
+    lengths += [
+        pair for block in BLOCKS[1:] for pair in ((_up(case.queries, block), _up(keys, block)), (1, _up(keys, block)))
+    ]
     for queries, others in lengths:
         same = case.keys is None and queries == others
         changed = replace(case, queries=queries, keys=None if same else others)

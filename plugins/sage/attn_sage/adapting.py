@@ -119,7 +119,7 @@ def _computed(
     if share is not None:
         out = divide(out, share)
         lse = lse + share[..., 0].transpose(1, 2).float().log() if return_lse else lse
-    if kernel.smooths:  # and so takes away what ``smooth`` put there
+    if kernel.smooths or kernel.float8:  # and so hides what ``smooth`` put there
         nothing = smoothed.nothing.sum(-1)[:, None, :, None, None]
         out.unflatten(2, (key.shape[2], -1)).add_(nothing)
     if taken is not None:

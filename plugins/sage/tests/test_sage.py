@@ -126,6 +126,14 @@ def test_a_channel_of_zeros_stays_zero_in_float8(forward):
     assert off(out, reference(query, key, value)[0]) < 0.06
 
 
+@pytest.mark.parametrize("forward", [second.automatic, second.fp8_cuda, second.fp8_sm90])
+def test_a_channel_of_zeros_hides_no_nan(forward):
+    query, key, value = tensors(128)
+    query[0, 3, 0, 0] = torch.nan
+    value[..., 5] = 0.0
+    assert forward(query, key, value, scale=0.125)[0, 3, 0].isnan().all()
+
+
 @pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 192, 200])
 def test_causal_reads_no_scale_of_a_block_that_is_not_there(length):
     query, key, value = tensors(length)
