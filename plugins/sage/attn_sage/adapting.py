@@ -80,18 +80,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _attend(
-    kernel: Kernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keep: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-    return_lse: bool,
+    kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, ...]:
     check_sizes(kernel.name, query, key, value)
     with on_device(query), torch.no_grad():
-        compute = partial(_computed, kernel, query, key, value, keep, scale, causal, return_lse)
+        compute = partial(_computed, kernel, query, key, value, *others)
         return on_default_stream(kernel.name, query, compute) if kernel.cuda else compute()
 
 
