@@ -341,9 +341,8 @@ def context(name: str) -> ContextParallel:
 
 def _grid(mesh: DeviceMesh, names: tuple[str, ...], ring: int, ulysses: int) -> tuple[tuple[int, ...], ...]:
     """The global ranks that share this rank's sequence, by ring place and ulysses place."""
-    within = tuple(
-        name for name in mesh.mesh_dim_names or () if name in names
-    )  # torch slices a mesh in its own order alone
+    # torch slices a mesh in its own order alone
+    within = tuple(name for name in mesh.mesh_dim_names or () if name in names)
     part = mesh if mesh.mesh_dim_names == within else mesh[within if len(within) > 1 else within[0]]
     ranks = (part.mesh if within == names else part.mesh.T).reshape(ring, ulysses).tolist()
     return tuple(tuple(int(rank) for rank in row) for row in ranks)
