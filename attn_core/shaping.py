@@ -83,7 +83,7 @@ _aligned_in_graph = in_graph(aligned)
 
 def infinite_lse(lse: torch.Tensor) -> torch.Tensor:
     """The lse as backward kernels want it: +inf, not -inf, for a query that sees nothing, so that exp gives 0."""
-    return lse.masked_fill(lse == float("-inf"), float("inf"))
+    return lse.nan_to_num(float("nan"), float("inf"), float("inf"))  # one launch
 
 
 def natural_lse(lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def natural_lse(lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         lse: (B, H, S), or (H, N) of a packed call.
         out: the result, (B, S, H, D) or (N, H, D).
     """
-    blind_or_nan = out.detach()[..., 0].transpose(-1, -2).to(lse.dtype) - float("inf")
+    blind_or_nan = out.detach()[..., 0].transpose(-1, -2) - lse  # where the lse is +inf: -inf, or NaN
     return torch.where(lse == float("inf"), blind_or_nan, lse)
 
 
