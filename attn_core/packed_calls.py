@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _is_traced = torch.compiler.is_dynamo_compiling  # bound once: a look-up through modules on each call adds up
 
+_UNLIMITED = (-1, -1)
+
 Mask = KeyPadding | Packed | None
 
 
@@ -47,6 +49,11 @@ class Options(NamedTuple):
     def diagonal(self) -> bool:
         """Whether which keys a query sees depends on where it is."""
         return self.causal or self.left >= 0 or self.right >= 0
+
+    @property
+    def open_diagonal(self) -> bool:
+        """Whether it does, and a query sees keys behind its own."""
+        return self.right > 0 or (self.right < 0 and self.left >= 0)
 
 
 class Kernel(Protocol):
@@ -93,12 +100,14 @@ def options_of(
     scale: float,
     causal: bool,
     window_size: tuple[int, int] | None,
-    softcap: float | None,
-    **others: Any,
+    softcap: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
 ) -> Options:
     """The options of a call, with the diagonal in the words of the libraries."""
-    left, right = window_size or (-1, -1)
-    return Options(scale, causal, left, 0 if causal else right, softcap or 0.0, **others)
+    left, right = window_size or _UNLIMITED
+    return Options(scale, causal, left, 0 if causal else right, softcap or 0.0, dropout_p, deterministic)
 
 
 def attend(

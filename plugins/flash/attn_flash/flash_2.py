@@ -88,19 +88,12 @@ class _Kernel:
             out, lse = self.forward(query, key, value, starts, options, return_lse=return_lse)
             out = out.unflatten(0, (batch, -1))
             return out, None if lse is None else lse.unflatten(1, (batch, -1)).transpose(0, 1)
-        given = {
-            "dropout_p": options.dropout_p,
-            "softmax_scale": options.scale,
-            "causal": options.causal,
-            "window_size": (options.left, options.right),
-            "softcap": options.softcap,
-            "deterministic": options.deterministic,
-            "return_attn_probs": return_lse,
-        }
+        scale, causal, left, right, softcap, dropout_p, deterministic = options
+        given = (dropout_p, scale, causal, (left, right), softcap, None, deterministic, return_lse)
         if starts is None:
-            found = flash_attn_func(query, key, value, **given)
+            found = flash_attn_func(query, key, value, *given)
         else:
-            found = flash_attn_varlen_func(query, key, value, *_bounds(starts, options), **given)
+            found = flash_attn_varlen_func(query, key, value, *_bounds(starts, options), *given)
         if not return_lse:
             return found, None
         out, lse, _ = found
@@ -141,7 +134,7 @@ KERNEL = _Kernel()
 
 
 def _beyond(query: torch.Tensor, key: torch.Tensor, options: Options) -> bool:
-    return options.right != 0 and options.diagonal and query.shape[1] > key.shape[1]
+    return options.open_diagonal and query.shape[1] > key.shape[1]
 
 
 def _as_packed(query: torch.Tensor, key: torch.Tensor) -> Starts:
@@ -156,6 +149,6 @@ def _bounds(starts: Starts, options: Options) -> tuple[torch.Tensor, torch.Tenso
     backward would start a grid of no blocks, which is an error of CUDA.
     """
     longest_q, longest_k = max(starts.max_seqlen_q, 2), max(starts.max_seqlen_k, 1)
-    if options.right != 0 and options.diagonal:
+    if options.open_diagonal:
         longest_k = longest_k + longest_q
     return starts.cu_seqlens_q, starts.cu_seqlens_k, longest_q, longest_k
