@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from attn_core.masks import traced
-from attn_sage.inputs import check_sizes, divide, on_default_stream, on_device, padded, share_of, smooth
+from attn_sage.inputs import check_sizes, divide, missing_keys, on_default_stream, on_device, padded, share_of, smooth
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,11 +98,12 @@ def _computed(
     causal: bool,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    smoothed = smooth(query, key, keep)
+    missing = missing_keys(kernel.block, key.shape[1], causal=causal)
+    smoothed = smooth(query, key, keep, missing)
     taken = _taken(query, smoothed.mean) * scale if return_lse else None
     if scale < 0:
         query, scale = -query, -scale
-    inputs = padded(kernel.block, query, smoothed.key, value, keep, causal=causal)
+    inputs = padded(query, smoothed.key, value, keep, missing, causal=causal)
     out, lse = kernel(*inputs, scale, causal, return_lse)
     share = None
     if causal:

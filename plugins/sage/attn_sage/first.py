@@ -7,7 +7,7 @@ Four things of version 1.0.6 that are mended here (all of them seen in its sourc
   results of other lengths are too small. They are divided by the share of the real ones, see ``inputs.share_of``. Key
   padding comes from the same: hidden keys are made 0, and taken out again;
 - with causal it reads the scale of a block of keys that is not there, where the last 128 keys are 64 or fewer: NaN, if what
-  lies there is not finite. So queries and keys are added, see ``inputs.padded``;
+  lies there is not finite. So queries and keys are added, see ``inputs.missing_keys``;
 - NaN in query or key becomes 0; see ``inputs.smooth``.
 """
 
@@ -19,7 +19,7 @@ import torch
 from sageattention import sageattn
 
 from attn_core.masks import traced
-from attn_sage.inputs import check_sizes, divide, on_device, padded, share_of, smooth
+from attn_sage.inputs import check_sizes, divide, missing_keys, on_device, padded, share_of, smooth
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
@@ -61,7 +61,8 @@ def _attend(
 ) -> torch.Tensor:
     check_sizes(NAME, query, key, value)
     with on_device(query), torch.no_grad():
-        inputs = padded(BLOCK, query, smooth(query, key, keep).key, value, keep, causal=causal)
+        missing = missing_keys(BLOCK, key.shape[1], causal=causal)
+        inputs = padded(query, smooth(query, key, keep, missing).key, value, keep, missing, causal=causal)
         out = _kernel(*inputs, scale, causal)
         if causal:
             return out[:, : query.shape[1]].contiguous()

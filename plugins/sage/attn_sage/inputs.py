@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class Smoothed(NamedTuple):
     """A key made smooth.
 
     Attributes:
-        key: less its mean, a copy (B, Skv, Hkv, D).
+        key: less its mean, a copy (B, Skv and what is missing, Hkv, D).
         mean: (B, 1, Hkv, D).
         nothing: 0 where this number of all queries and keys of a key head is finite, else NaN: (B, Hkv, D), float32.
     """
@@ -96,13 +97,33 @@ class Smoothed(NamedTuple):
     nothing: torch.Tensor
 
 
-def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = None) -> Smoothed:
+def missing_keys(block: int, keys: int, *, causal: bool) -> int:
+    """How many keys are added: up to a multiple of ``block``.
+
+    With causal, which needs queries and keys of one length and hides what is added: both up to a multiple of ``DIAGONAL``
+    where the last block of keys would not be there.
+    """
+    if not causal:
+        return -keys % block
+    last = keys % DIAGONAL
+    return DIAGONAL - last if 0 < last <= DIAGONAL // 2 else 0
+
+
+def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = None, missing: int = 0) -> Smoothed:
     """Take its mean over the sequence from the key, which changes each score of a query alike; 0 what is not to be kept.
 
     The kernels turn NaN into 0 when they quantise, and so hide it. An infinity in the first key makes the scale of its
     block infinite, and every score in it NaN; each query sees that block. So it stands for whatever is not finite in the
     queries and keys of a head.
+
+    Args:
+        query: (B, Sq, Hq, D).
+        key: (B, Skv, Hkv, D).
+        keep: which keys are real, (B, Skv), or None for all.
+        missing: how many keys of 0 to add.
     """
+    if key.is_cuda and (fused := _fused()) is not None:
+        return Smoothed(*fused(query, key, keep, key.shape[1] + missing))
     if keep is None:
         mean = key.mean(1, keepdim=True)
         smoothed = key - mean
@@ -111,12 +132,22 @@ def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = N
         count = keep.sum(1).clamp(min=1)[:, None, None, None]
         mean = (kept.sum(1, keepdim=True, dtype=torch.float32) / count).to(key.dtype)
         smoothed = hide(kept - mean, keep)
-    total = query.sum(1, dtype=torch.float32)
+    total = (query * 0.0).sum(1, dtype=torch.float32)
     if query.shape[2] != key.shape[2]:
         total = total.unflatten(1, (key.shape[2], -1)).sum(2)
-    nothing = total.add_(mean[:, 0]).mul_(0.0)  # the fewest launches: they cost more than the little that they compute
+    nothing = total + mean[:, 0] * 0.0
     smoothed[:, 0].masked_fill_(nothing.isnan(), float("inf"))
-    return Smoothed(smoothed, mean, nothing)
+    return Smoothed(_longer(smoothed, missing), mean, nothing)
+
+
+@cache
+def _fused() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None:
+    """The same in two launches, where there is Triton."""
+    try:
+        from attn_sage.fused import smooth
+    except ImportError:
+        return None
+    return smooth
 
 
 def hide(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -125,28 +156,21 @@ def hide(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 def padded(
-    block: int,
     query: torch.Tensor,
     smoothed: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor | None = None,
+    keep: torch.Tensor | None,
+    missing: int,
     *,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inputs with keys and values of 0 up to a multiple of ``block``, laid out as the kernels insist on.
+    """The inputs of a kernel, laid out as it insists on: with as many values as smooth keys, with causal queries too."""
+    value = _longer(value if keep is None else hide(value, keep), missing)
+    return unit_stride(_longer(query, missing) if causal else query), smoothed, unit_stride(value)
 
-    With causal, which needs queries and keys of one length and hides what is added: both up to a multiple of ``DIAGONAL``
-    where the last block of keys would not be there.
-    """
-    missing = -smoothed.shape[1] % block
-    if causal:
-        last = smoothed.shape[1] % DIAGONAL
-        missing = DIAGONAL - last if 0 < last <= DIAGONAL // 2 else 0
-        query = pad(query, (0, 0, 0, 0, 0, missing)) if missing else query
-    value = value if keep is None else hide(value, keep)
-    if missing:
-        smoothed, value = pad(smoothed, (0, 0, 0, 0, 0, missing)), pad(value, (0, 0, 0, 0, 0, missing))
-    return unit_stride(query), unit_stride(smoothed), unit_stride(value)
+
+def _longer(tensor: torch.Tensor, missing: int) -> torch.Tensor:
+    return pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
 
 
 def share_of(

@@ -74,3 +74,43 @@ def test_the_kernels_of_sageattention_1_are_right_through_the_adapter_and_wrong_
     command = [sys.executable, "-c", SCRIPT, "library"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+SMOOTHED = """
+import torch
+from attn_sage import fused, inputs
+
+random = torch.Generator().manual_seed(0)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for batch, queries, keys, heads, groups, dim, missing in (
+        (2, 70, 77, 2, 2, 64, 51), (1, 5, 1, 1, 1, 96, 0), (1, 300, 4500, 1, 2, 128, 0), (3, 1, 130, 3, 1, 64, 62),
+    ):
+        for padding in (False, True):
+            query = torch.randn(batch, queries, heads * groups, dim, generator=random).to(dtype)
+            key = (torch.randn(batch, heads, keys, dim, generator=random) + 1).to(dtype).transpose(1, 2)
+            keep = None
+            if padding:
+                keep = torch.rand(batch, keys, generator=random) < 0.5
+                keep[0] = False
+                key = key.masked_fill(~keep[:, :, None, None], float("nan"))
+            if batch > 1:
+                query[1, 0, 0, 3] = float("nan")
+                key[-1, -1, 0, 5] = float("inf")
+            expected = inputs.smooth(query, key, keep, missing)
+            found = fused.smooth(query, key, keep, keys + missing)
+            for one, other in zip(found, expected):
+                torch.testing.assert_close(
+                    one, other, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps, equal_nan=True
+                )
+            assert torch.equal(found[0].isinf(), expected.key.isinf())
+            again = fused.smooth(query, key, keep, keys + missing)
+            assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(found, again))
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_smoothing_in_two_launches_is_smoothing():
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", SMOOTHED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
