@@ -112,5 +112,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 def test_smoothing_in_two_launches_is_smoothing():
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", SMOOTHED], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SMOOTHED], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
