@@ -17,6 +17,7 @@ SECTIONS = {
     "balance": "the busiest rank over 1/P of the whole, rank by rank on one GPU",
     "training": "the loss curve of a tiny transformer on several ranks and on one",
     "model": "from measured times and link speeds: where a ring hides what it sends, and the fastest way",
+    "beside": "beside the rings of ring-flash-attention, yunchang and torch, on real GPUs; under torchrun",
     "overlap": "ring and ulysses on real GPUs: right, and how fast; under torchrun",
 }
 
