@@ -9,7 +9,7 @@ What is not installed has no row; what fails has one that says so.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
@@ -116,6 +116,11 @@ def rings(backend, mesh):
     modules = (
         {"ring-flash-attention": "ring_flash_attn", "yunchang, ring": "yunchang.ring"} if backend == "flash" else {}
     )
+    with suppress(
+        ImportError
+    ):  # the adapter of ring-flash-attention 0.1.8 imports a name that transformers 5 has no more
+        flash = import_module("transformers.modeling_flash_attention_utils")
+        flash.is_flash_attn_greater_or_equal_2_10 = getattr(flash, "is_flash_attn_greater_or_equal_2_10", lambda: True)
     found = {}
     for name, module in modules.items():
         try:
