@@ -172,7 +172,9 @@ def _check_capabilities(owner: str, found: Any) -> CapabilityRange | frozenset[t
 
 
 def _check_head_dims(owner: str, found: Any) -> range | frozenset[Any]:
-    items = found if isinstance(found, (range, set, frozenset, list, tuple)) else ()
+    items = found if isinstance(found, (set, frozenset, list, tuple)) else ()
+    if isinstance(found, range):  # it may be too long to list
+        items = (*found[:1], *found[-1:])
     numbers = [n for item in items for n in (item if isinstance(item, tuple) and len(item) == 2 else (item,))]
     if not numbers or not all(type(n) is int and n > 0 for n in numbers):
         msg = f"{owner}: head_dims is a range, or a set of numbers or (D, Dv) pairs above 0, found {found!r}"
@@ -314,7 +316,7 @@ class Limits:
     def head_dim_reasons(self, facts: Facts) -> list[str]:
         """The reason, if there is one, why head dims like these are refused."""
         pair, dims = (facts.head_dim, facts.value_head_dim), self.head_dims
-        if dims is None or pair in dims or (facts.head_dim in dims and facts.value_head_dim in dims):
+        if dims is None or _has_pair(dims, pair) or (facts.head_dim in dims and facts.value_head_dim in dims):
             return []
         shown = str(facts.head_dim) if pair[0] == pair[1] else f"{pair} for query and value"
         return [f"head_dim: found {shown}; accepted: {describe_head_dims(dims)}"]
@@ -330,7 +332,7 @@ class Limits:
             yield f"{name}: {found}not supported: {no}"
 
     def _pair_declared(self, facts: Facts) -> bool:
-        return self.head_dims is not None and (facts.head_dim, facts.value_head_dim) in self.head_dims
+        return self.head_dims is not None and _has_pair(self.head_dims, (facts.head_dim, facts.value_head_dim))
 
     def _reasons_from_rules(self, facts: Facts) -> Iterable[str]:
         for rule in self.rules:
@@ -339,6 +341,11 @@ class Limits:
                 yield f"{rule.text}: the rule itself raises {refused}; report it to the authors of the wheel"
             elif refused.value:
                 yield rule.text
+
+
+def _has_pair(dims: HeadDims, pair: tuple[int, int]) -> bool:
+    """Whether a (D, Dv) pair is declared as such; a range has none, and would compare each of its numbers."""
+    return not isinstance(dims, range) and pair in dims
 
 
 def _capability(capability: tuple[int, int]) -> str:
@@ -367,11 +374,23 @@ def _wider(forward: Limits, backward: Limits) -> Iterable[str]:
         if getattr(backward, name) is True and isinstance(no, No):
             yield f"{name}: found True; accepted: a No, as of the forward ({no})"
     if forward.head_dims is not None:
-        dims = [item if isinstance(item, tuple) else (item, item) for item in backward.head_dims or ()]
+        dims = (
+            item if isinstance(item, tuple) else (item, item)
+            for item in _telling(backward.head_dims, forward.head_dims)
+        )
         facts = (Facts(head_dim=query, value_head_dim=value) for query, value in dims)
         yield from islice((reason for item in facts for reason in forward.head_dim_reasons(item)), 1)
     if not _capabilities_within(backward.compute_capability, forward.compute_capability):
         yield f"compute_capability: found {_capabilities(backward)}; accepted: {_capabilities(forward)}"
+
+
+def _telling(found: HeadDims | None, accepted: HeadDims) -> Iterable[int | tuple[int, int]]:
+    """Those of the head dims of a backward that tell whether all are accepted: of a long range, a few."""
+    if not isinstance(found, range):
+        return found or ()
+    if isinstance(accepted, range):  # where the first two and the last are in it, the steps between are
+        return (*found[:2], *found[-1:])
+    return found[: len(accepted) + 1]
 
 
 def _admitted_masks(limits: Limits) -> list[str]:
