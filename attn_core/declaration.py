@@ -19,6 +19,7 @@ API = 1
 """The version of the meanings (the table of what each option does) that this core speaks."""
 
 NAME = re.compile(r"[a-z_][a-z0-9_]*")
+_EXTRA = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -600,6 +601,23 @@ class Needs:
         if (self.extra is None) == (self.module is None):
             msg = f"Needs: give one of extra and module, found extra={self.extra!r}, module={self.module!r}"
             raise DeclarationError(msg)
+        if self.extra is not None and not _is_extra(self.extra):
+            msg = f"Needs: extra is the name of an extra of the wheel, found {self.extra!r}"
+            raise DeclarationError(msg)
+        if self.module is not None and not _is_module(self.module):
+            msg = f"Needs: module is the dotted name of a module, found {self.module!r}"
+            raise DeclarationError(msg)
+        if self.install is not None and not (isinstance(self.install, str) and self.install.strip()):
+            msg = f"Needs: install is a line of text, or None, found {self.install!r}"
+            raise DeclarationError(msg)
+
+
+def _is_extra(found: object) -> bool:
+    return isinstance(found, str) and _EXTRA.fullmatch(found) is not None
+
+
+def _is_module(found: object) -> bool:
+    return isinstance(found, str) and all(part.isidentifier() for part in found.split("."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -689,6 +707,12 @@ class BackendSpec:
             if not isinstance(found, accepted):
                 msg = f"{owner}: {label} is {words}, found {found!r}"
                 raise DeclarationError(msg)
+        if isinstance(self.needs, str) and not (_is_extra(self.needs) or _is_module(self.needs)):
+            msg = (
+                f"{owner}: needs is the name of an extra or of a module, found {self.needs!r}; the version of a library "
+                "goes into Constraints(library=)"
+            )
+            raise DeclarationError(msg)
         if self.autograd is None:
             object.__setattr__(self, "autograd", "own" if self.backward is None else "core")
         if self.autograd not in ("own", "core"):

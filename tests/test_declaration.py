@@ -8,7 +8,7 @@ import pytest
 
 from attn_core.admission import refusals
 from attn_core.listing import as_data
-from attn_core.plugin import BackendSpec, Backward, CapabilityRange, Constraints, DeclarationError, Facts, No
+from attn_core.plugin import BackendSpec, Backward, CapabilityRange, Constraints, DeclarationError, Facts, Needs, No
 from attn_core.record import AVAILABLE, Row
 from attn_core.testing.head_dims import many_head_dims, representative_head_dims
 
@@ -153,3 +153,29 @@ def test_a_range_of_head_dims_is_never_listed():
     assert shown == {"minimum": 1, "maximum": 10**12 - 1, "step": 1}
     assert representative_head_dims(LONG)[:2] == [(64, 64), (16, 16)]
     assert len(many_head_dims(LONG, Random(0))) > len(many_head_dims(range(1, 40), Random(0)))
+
+
+def needing(needs):
+    return BackendSpec(
+        api=1, name="acme", summary="Acme", forward="acme:forward", needs=needs,
+        constraints=Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("needs", ["", " ", "torch>=2", ".x", "x.", "a b", "acme[kernel]"])
+def test_what_names_neither_an_extra_nor_a_module_is_refused(needs):
+    with pytest.raises(DeclarationError, match=r"needs is the name of an extra or of a module, found '.*library="):
+        needing(needs)
+    with pytest.raises(DeclarationError, match="Needs: extra is the name of an extra of the wheel, found"):
+        Needs(extra=needs)
+    with pytest.raises(DeclarationError, match="Needs: module is the dotted name of a module, found"):
+        Needs(module=needs)
+    with pytest.raises(DeclarationError, match="Needs: install is a line of text, or None, found"):
+        Needs(module="acme", install=" ")
+
+
+@pytest.mark.parametrize(
+    "needs", [None, "kernel", "flash-attn", "cuda12.4", "acme.kernels", "_acme", Needs(extra="x-y")]
+)
+def test_the_name_of_an_extra_or_of_a_module_is_taken(needs):
+    assert needing(needs).needs == needs
