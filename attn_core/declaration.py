@@ -679,6 +679,10 @@ class BackendSpec:
         self._check_alternatives(owner)
         self._check_contradictions(owner)
 
+    def __hash__(self) -> int:
+        """By the names: equal records have equal ones, and what the others hold (a mapping of masks) has no hash."""
+        return hash((self.api, self.name, self.forward, self.backward))
+
     def _check_names(self) -> None:
         if isinstance(self.aliases, str) or not isinstance(self.aliases, Collection):
             msg = f"BackendSpec({self.name!r}): aliases is a set of names, found the text {self.aliases!r}"

@@ -179,3 +179,9 @@ def test_what_names_neither_an_extra_nor_a_module_is_refused(needs):
 )
 def test_the_name_of_an_extra_or_of_a_module_is_taken(needs):
     assert needing(needs).needs == needs
+
+
+def test_a_declaration_goes_into_sets_and_dicts():
+    first, second = needing("kernel"), needing("kernel")
+    assert first == second
+    assert len({first, second, needing(None)}) == 2
