@@ -57,7 +57,8 @@ def leave() -> bool:
     """End the innermost scope of the generator that is running, if one is. Whether it was noted outside the trace."""
     generator, opened = _generator(), _opened()
     for index in reversed(range(len(opened))):
-        if opened[index].generator() is generator:
+        own = opened[index].generator
+        if own is _nowhere if generator is None else own() is generator:
             return opened.pop(index).noted
     return True  # it began in another trace
 
