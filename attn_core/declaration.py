@@ -132,6 +132,7 @@ _FOUND: dict[str, Callable[[Facts], str]] = {
     "cross_lengths": lambda facts: facts.lengths,
     "value_head_dim": lambda facts: f"{facts.value_head_dim} beside a query and key head dim of {facts.head_dim}",
     "window_size": lambda facts: str(facts.window_size),
+    "vmap": lambda _: "a transform of torch.func (vmap, grad, vjp, jvp, functionalize, ...)",
 }
 
 
@@ -250,7 +251,7 @@ class Limits:
         lse: forward returns (out, lse) where ``return_lse=True`` asks for it.
         deterministic: the same bits twice, forward and backward, where ``deterministic=True`` asks for it.
         mask_gradient: a float mask that requires a gradient gets it.
-        vmap: calls inside ``torch.func`` transforms.
+        vmap: calls inside the transforms of ``torch.func``: vmap, and grad, vjp, jvp, functionalize and the others too.
         forward_mode: forward-mode differentiation.
         library: the requirement on the library's version under which this holds, such as "flash-attn>=2.6".
         rules: ``Rule("text", predicate)`` for what data can't say: the predicate gets ``Facts`` and is true of the calls

@@ -35,7 +35,7 @@ class Facts:
         deterministic: whether the same bits are asked for twice.
         return_lse: whether the log-sum-exp is asked for.
         backward: whether a gradient may be asked for.
-        vmap: whether the call is inside ``torch.func`` transforms.
+        vmap: whether the call is inside a transform of ``torch.func``, whichever.
         forward_mode: whether forward-mode differentiation is on.
         compiled: whether the call is being traced by ``torch.compile``.
     """
