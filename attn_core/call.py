@@ -12,7 +12,7 @@ from attn_core import selection, warming
 from attn_core.admission import admit
 from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import Description, KeyPadding
-from attn_core.options import dropout_of, scale_of, softcap_of
+from attn_core.options import dropout_of, scale_of, softcap_of, window_of
 from attn_core.parallel import scope
 from attn_core.reading import autocast_dtype, check_kept, check_mask, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
@@ -208,6 +208,10 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         ):
             if softcap is not None and not (type(softcap) is float and 0.0 < softcap < inf):
                 softcap = softcap_of(softcap)
+            if window_size is not None:
+                left, right = window_size
+                if type(left) is not int or type(right) is not int:  # True is as good a key as 1
+                    window_size = window_of(window_size, causal=False)
             rarer = (window_size, softcap is None, dropout_p == 0.0, deterministic, return_lse)
         kind: Any = (
             choice, dtypes, device, sizes, head_dim, causal, rarer,

@@ -168,6 +168,8 @@ def test_tensors_that_do_not_fit_are_refused(tensors, message):
         ({"dropout_p": None}, "dropout_p: found None"),
         ({"softcap": False}, "softcap: found False"),
         ({"window_size": False}, "window_size: found False"),
+        ({"window_size": (True, 0)}, "window_size: found (True, 0)"),
+        ({"window_size": (1, False)}, "window_size: found (1, False)"),
         ({"parallel": False}, "parallel: found False"),
     ],
 )
