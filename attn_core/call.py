@@ -224,6 +224,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         found = _remembered(kind)
     except (
         AttributeError,
+        BytesWarning,  # under python -bb: the environment's raw word compared with a name of equal hash
         CallRefused,
         RuntimeError,
         TypeError,

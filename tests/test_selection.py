@@ -421,3 +421,21 @@ def test_a_checkpoint_does_not_recompute_on_what_a_module_inside_was_bound_to_la
 def test_a_scope_that_was_not_entered_says_so_where_it_is_left():
     with pytest.raises(AttnError, match="without having been entered"):
         use_backend("alpha").__exit__(None, None, None)
+
+
+BYTES = """
+import torch, attn_core
+q = torch.randn(1, 4, 2, 8)
+for _ in range(2):
+    attn_core.attention(q, q, q)
+    attn_core.attention(q, q, q, backend="native")
+print("right")
+"""
+
+
+def test_a_name_in_the_environment_and_in_the_call_are_no_matter_under_bb():
+    run = subprocess.run(
+        [sys.executable, "-bb", "-c", BYTES],
+        capture_output=True, text=True, check=False, env={**os.environ, "ATTN_BACKEND": "native"},
+    )  # fmt: skip
+    assert run.stdout.strip() == "right", run.stderr
