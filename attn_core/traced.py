@@ -50,6 +50,13 @@ def traced_attention(query: Any, key: Any, value: Any, *, backend: Any, parallel
         options["window_size"] = tuple(
             constant(side + 1) - 1 if isinstance(side, int) and side >= -1 else side for side in window
         )
+    softcap, dropout_p = options["softcap"], options["dropout_p"]
+    if (
+        isinstance(softcap, (int, float)) and not softcap > 0
+    ):  # what is refused is written out, as no symbolic number can be
+        options["softcap"] = plain(float(softcap))
+    if isinstance(dropout_p, (int, float)) and not 0 <= dropout_p < 1:
+        options["dropout_p"] = plain(float(dropout_p))
     checked = reading.checked_options(options)
     choice = selection.traced_choice() if backend is None else selection.normalized(backend)
     chosen_by = selection.FROM_ELSEWHERE if backend is None else "backend="

@@ -223,6 +223,16 @@ def test_bad_input_is_refused_in_compiled_code():
         call(Q, torch.randn(2, 4, 2, 8))
 
 
+@pytest.mark.parametrize("found", [{"softcap": -1.0}, {"softcap": -2}, {"dropout_p": 1.0}, {"dropout_p": -0.5}])
+def test_numbers_that_vary_and_make_no_sense_are_refused_with_what_was_found(found):
+    ((name, number),) = found.items()
+    call = compiled(
+        lambda query, option: attention(query, query, query, backend="alpha", **{name: option}), dynamic=True
+    )
+    with pytest.raises(Exception, match=told(f"{name}: found {float(number)}; accepted: ")):
+        call(Q, number)
+
+
 def test_options_masks_and_autocast_reach_the_adapter_in_compiled_code():
     keep = torch.ones(1, 4, dtype=torch.bool)
     offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
