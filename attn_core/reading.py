@@ -56,7 +56,7 @@ def read(query: Any, key: Any, value: Any, options: dict[str, Any]) -> Call:
     autocast = autocast_dtype(query.device.type)
     dtypes = tuple(_after_autocast(tensor.dtype, autocast) for tensor in (query, key, value))
     mask = mask_facts(attn_mask, autocast)
-    check_dtypes(dtypes, mask)
+    check_dtypes(dtypes, mask, autocast)
     facts = Facts(
         **_size_facts(query, key, value),
         **device_facts(query.device),
@@ -144,15 +144,16 @@ def check_tensors(query: Any, key: Any, value: Any) -> None:
     _check_sizes(query.shape, key.shape, value.shape)
 
 
-def check_dtypes(dtypes: tuple[torch.dtype, ...], mask: dict[str, Any]) -> None:
+def check_dtypes(dtypes: tuple[torch.dtype, ...], mask: dict[str, Any], autocast: torch.dtype | None = None) -> None:
     """Refuse dtypes that differ between query, key and value, and a float mask of a dtype that is neither."""
+    after = "" if autocast is None else " after autocast"
     names = [dtype_name(dtype) for dtype in dtypes]
     if len(set(names)) > 1:
-        msg = f"dtype: query, key and value have {', '.join(names)}; accepted: the same for all three"
+        msg = f"dtype: query, key and value have {', '.join(names)}{after}; accepted: the same for all three"
         raise CallRefused(msg)
     if mask.get("mask_dtype", names[0]) not in (names[0], "float32"):
         accepted = "float32" if names[0] == "float32" else f"{names[0]} as query, or float32"
-        msg = f"attn_mask: found dtype {mask['mask_dtype']}; accepted: bool, {accepted}"
+        msg = f"attn_mask: found dtype {mask['mask_dtype']}{after}; accepted: bool, {accepted}"
         raise CallRefused(msg)
 
 

@@ -338,6 +338,12 @@ def test_autocast_casts_first_and_leaves_float64_alone():
         attention(Q, Q, Q, attn_mask=mask, backend="spy")
         attention(Q, Q, Q, attn_mask=mask, backend="spy")
         assert [options["attn_mask"].dtype for options in stub_kernels.calls] == [torch.bfloat16] * 2
+        with pytest.raises(
+            CallRefused, match="attn_mask: found dtype bfloat16 after autocast; accepted: .* float64 as query"
+        ):
+            attention(Q.double(), Q.double(), Q.double(), attn_mask=mask)
+        with pytest.raises(CallRefused, match="query, key and value have float64, bfloat16, bfloat16 after autocast"):
+            attention(Q.double(), Q, Q)
         with torch.autocast("cpu", enabled=False):
             assert attention(Q, Q, Q).dtype == torch.float32
     assert attention(Q, Q, Q).dtype == torch.float32
