@@ -433,7 +433,11 @@ def _planned(run: Callable[..., Any], options: dict[str, Any]) -> Callable[..., 
         return _named(plan_without_mask)
     others = {name: option for name, option in options.items() if name != "attn_mask"}
     mask = options["attn_mask"]
-    return lambda query, key, value, *, attn_mask=mask: run(query, key, value, attn_mask=attn_mask, **others)
+
+    def plan_with_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: Any = mask) -> Any:
+        return run(query, key, value, attn_mask=attn_mask, **others)
+
+    return _named(plan_with_mask)
 
 
 def _named(planned: Callable[..., Any]) -> Callable[..., Any]:

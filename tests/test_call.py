@@ -346,6 +346,8 @@ def test_autocast_casts_first_and_leaves_float64_alone():
             attention(Q.double(), Q, Q)
         with torch.autocast("cpu", enabled=False):
             assert attention(Q, Q, Q).dtype == torch.float32
+            with pytest.raises(CallRefused, match="attn_mask: found dtype bfloat16; accepted"):
+                attention(Q, Q, Q, attn_mask=mask.bfloat16())
     assert attention(Q, Q, Q).dtype == torch.float32
 
 
@@ -379,11 +381,11 @@ def test_a_plan_is_the_call_and_takes_another_mask():
     torch.testing.assert_close(found, attention(Q, Q, Q, attn_mask=other, scale=0.3, backend="native_math"))
     assert planned.facts.mask == "bool"
     for other_option in ({"causal": True}, {"scale": 1.0}):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"^plan_with_mask\(\)"):
             planned(Q, Q, Q, **other_option)
         with pytest.raises(TypeError):
             plan(Q, Q, Q, causal=True)(Q, Q, Q, **other_option)
-        with pytest.raises(TypeError, match=r"plan_without_mask\(\)"):
+        with pytest.raises(TypeError, match=r"^plan_without_mask\(\)"):
             plan(Q, Q, Q)(Q, Q, Q, **other_option)
     assert planned.backend == "native_math"
 
