@@ -11,6 +11,8 @@ from attn_core.errors import AttnError, BackendNotUsable, CallRefused
 from attn_core.selection import VARIABLE, listed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from attn_core.declaration import BackendSpec
     from attn_core.facts import Facts
     from attn_core.loading import Adapter
@@ -38,6 +40,20 @@ class Admitted:
         return self.row.spec  # type: ignore[return-value]
 
 
+class Refused(CallRefused):
+    """The refusal of one backend, in its parts: several of them say only once who accepts the call."""
+
+    def __init__(self, name: str, reasons: Iterable[str], accepting: Iterable[str]) -> None:
+        self.reasons = "; ".join(reasons)
+        others = ", ".join(accepting)
+        self.step = (
+            f"Accepted here by: {others}; choose one with backend= or use_backend"
+            if others
+            else "No backend that is installed here accepts this call; attn_core.explain(...) has each one's reasons"
+        )
+        super().__init__(f"{name} refused the call: {self.reasons}. {self.step}")
+
+
 def admit(choice: Choice | None, facts: Facts, chosen_by: str) -> Admitted:
     """Find the first of the names in force whose backend is usable and admits the call.
 
@@ -55,21 +71,14 @@ def admit(choice: Choice | None, facts: Facts, chosen_by: str) -> Admitted:
                 raise
             refused[name] = error
             log.info("%s passed over: %s", name, error)
-    raise _refusal(refused, chosen_by)
+    raise refusal(refused, chosen_by, "can run this call")
 
 
 def _admit_one(name: str, facts: Facts) -> Admitted:
     row = registry.find(name)
     reasons = refusals(row.spec, facts)  # type: ignore[arg-type]
     if reasons:
-        others = admitting(facts, besides=row)
-        step = (
-            f"Accepted here by: {', '.join(others)}; choose one with backend= or use_backend"
-            if others
-            else ("No backend that is installed here accepts this call; attn_core.explain(...) has each one's reasons")
-        )
-        msg = f"{row.name} refused the call: {'; '.join(reasons)}. {step}"
-        raise CallRefused(msg)
+        raise Refused(row.name, reasons, admitting(facts, besides=row))
     return Admitted(row, loading.load(row.spec))  # type: ignore[arg-type]
 
 
@@ -100,12 +109,20 @@ def admitting(facts: Facts, *, besides: Row) -> list[str]:
     ]
 
 
-def _refusal(refused: dict[str, AttnError], chosen_by: str) -> AttnError:
-    names, errors = list(refused), list(refused.values())
-    unusable = all(isinstance(error, BackendNotUsable) for error in errors)
-    kind = BackendNotUsable if unusable else CallRefused
-    if len(errors) == 1:
-        prefix = f"{VARIABLE}={names[0]}: " if VARIABLE in chosen_by and unusable else ""
-        return kind(f"{prefix}{errors[0]}")
-    lines = "\n".join(f"  {name}: {error}" for name, error in refused.items())
-    return kind(f"none of {', '.join(names)} (chosen by {chosen_by}) can run this call:\n{lines}")
+def refusal(refused: dict[str, AttnError], chosen_by: str, what: str) -> AttnError:
+    """One error of those of each name, none of which could do ``what``."""
+    if len(refused) > 1:
+        return _together(refused, f"(chosen by {chosen_by}) {what}")
+    ((name, error),) = refused.items()
+    if not isinstance(error, BackendNotUsable):
+        return CallRefused(str(error))
+    return BackendNotUsable(f"{VARIABLE}={name}: {error}" if VARIABLE in chosen_by else str(error))
+
+
+def _together(refused: dict[str, AttnError], what: str) -> AttnError:
+    errors = refused.values()
+    kind = BackendNotUsable if all(isinstance(error, BackendNotUsable) for error in errors) else CallRefused
+    shown = {name: error.reasons if isinstance(error, Refused) else error for name, error in refused.items()}
+    steps = dict.fromkeys(error.step for error in errors if isinstance(error, Refused))
+    lines = [f"  {name}: {reasons}" for name, reasons in shown.items()]
+    return kind("\n".join([f"none of {', '.join(refused)} {what}:", *lines, *steps]))

@@ -291,6 +291,17 @@ def test_a_refusal_names_who_accepts_the_call():
         attention(Q, Q, Q, softcap=2.0, backend="gamma")
 
 
+def test_a_refusal_of_several_says_of_each_why_and_once_who_accepts_the_call():
+    with pytest.raises(CallRefused) as caught:
+        attention(Q, Q, Q, softcap=2.0, backend=("gamma", "nobody_has_this", "native"))
+    head, gamma, nobody, native, step = str(caught.value).splitlines()
+    assert head == "none of gamma, nobody_has_this, native (chosen by backend=) can run this call:"
+    assert gamma == "  gamma: softcap: not supported: not declared"
+    assert nobody.startswith("  nobody_has_this: backend 'nobody_has_this' is not known.")
+    assert native.startswith("  native: softcap: not supported: SDPA has no softcap")
+    assert step.startswith("Accepted here by: alpha, ")
+
+
 def test_every_reason_is_in_the_refusal():
     with pytest.raises(CallRefused) as caught:
         attention(Q.double(), Q.double(), Q.double(), causal=True, softcap=2.0, backend="gamma")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core import loading, registry
-from attn_core.admission import refusals
+from attn_core.admission import Refused, refusal, refusals
 from attn_core.declaration import ContextParallelSupport, No
-from attn_core.errors import AttnError, BackendNotUsable, CallRefused
+from attn_core.errors import AttnError
 from attn_core.facts import Facts
 from attn_core.parallel.heads import shares
 from attn_core.parallel.kind import READ_LATER
@@ -98,16 +98,11 @@ def prepare(kind: Kind) -> Prepared:
             row = registry.find(name)
             reasons = reasons_against(row.spec, kind)  # type: ignore[arg-type] # a row that is found has one
             if reasons:
-                raise CallRefused(_refusal(row.name, reasons, kind))
+                raise Refused(row.name, reasons, _accepting(kind, row.name))
             return Prepared(kind, row.qualified_name or row.name, loading.load(row.spec))  # type: ignore[arg-type]
         except AttnError as error:
             refused[name] = error
-    if len(refused) == 1:
-        raise next(iter(refused.values()))
-    unusable = all(isinstance(error, BackendNotUsable) for error in refused.values())
-    lines = "\n".join(f"  {name}: {error}" for name, error in refused.items())
-    msg = f"none of {', '.join(refused)} (chosen by {kind.chosen_by}) can run this call in {kind.mode}:\n{lines}"
-    raise (BackendNotUsable if unusable else CallRefused)(msg)
+    raise refusal(refused, kind.chosen_by, f"can run this call in {kind.mode}")
 
 
 def reasons_against(spec: BackendSpec, kind: Kind, device: dict[str, Any] | None = None) -> list[str]:
@@ -122,8 +117,8 @@ def reasons_against(spec: BackendSpec, kind: Kind, device: dict[str, Any] | None
     return list(dict.fromkeys(reason for facts in facts_of(kind, device) for reason in refusals(spec, facts)))
 
 
-def _refusal(name: str, reasons: list[str], kind: Kind) -> str:
-    others = [
+def _accepting(kind: Kind, name: str) -> list[str]:
+    return [
         row.name
         for row in registry.rows()
         if row.status == registry.AVAILABLE
@@ -132,12 +127,6 @@ def _refusal(name: str, reasons: list[str], kind: Kind) -> str:
         and not row.spec.numerics.approximate
         and not reasons_against(row.spec, kind)
     ]
-    step = (
-        f"Accepted here by: {', '.join(others)}; choose one with backend= or use_backend"
-        if others
-        else "No backend that is installed here accepts this call"
-    )
-    return f"{name} refused the call: {'; '.join(reasons)}. {step}"
 
 
 # --- the calls that a kind consists of ----------------------------------------------------------------------------------
