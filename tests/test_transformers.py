@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the transformers integration needs transformers")
 
-from attn_core import CallRefused, use_backend  # noqa: E402
+from attn_core import BackendNotUsable, CallRefused, use_backend  # noqa: E402
 from attn_core.integrations.transformers import attention_forward, attention_mask, register  # noqa: E402
 
 SMALL = {
@@ -242,6 +242,31 @@ def test_a_model_with_attention_sinks_is_refused():
 def test_names_that_transformers_reads_otherwise_are_refused(name):
     with pytest.raises(CallRefused, match="flash"):
         register(name)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
+def test_names_of_other_implementations_are_refused(name):
+    before = transformers.AttentionInterface().get(name)
+    with pytest.raises(CallRefused, match="another implementation|'flash'"):
+        register(name)
+    assert transformers.AttentionInterface().get(name) is before
+
+
+@pytest.mark.parametrize("name", [3, None, ""])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(
+        CallRefused, match="register: found .*; accepted: the name that attn_implementation= is to have"
+    ):
+        register(name)
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"), [("natve", "Did you mean 'native'"), (3, "backend: found 3"), ((), "found")]
+)
+def test_a_backend_that_nobody_has_is_refused_when_it_is_registered(backend, said):
+    with pytest.raises(BackendNotUsable, match=said):
+        register("attn_none", backend=backend)
+    assert transformers.AttentionInterface().get("attn_none") is None
 
 
 # --- the real weights of all-MiniLM-L6-v2 ---------------------------------------------------------------------------

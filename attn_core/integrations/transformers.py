@@ -28,7 +28,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from attn_core import CallRefused, Packed, attention
+from attn_core import CallRefused, Packed, attention, selection
 from attn_core.integrations.parallel_masks import IN_A_CACHE, PartialMask, described
 from attn_core.masks import packed_mask
 from attn_core.parallel import scope
@@ -73,20 +73,45 @@ def register(name: str = "attn", *, backend: str | Sequence[str] | None = None) 
             (scopes, bindings, ``set_backend``, ``ATTN_BACKEND``).
 
     Raises:
-        CallRefused: for a name that transformers would take for something else.
+        CallRefused: for a name that transformers would take for something else, or under which another implementation is
+            registered.
+        BackendNotUsable: when the backend is unknown or not available.
 
     Example:
         >>> register()
         >>> register("attn_math", backend="native_math")
     """
+    if not isinstance(name, str) or not name:
+        msg = f'register: found {name!r}; accepted: the name that attn_implementation= is to have, such as "attn"'
+        raise CallRefused(msg)
     if "flash" in name.lower() or "/" in name or "|" in name:
         msg = (
             f"register: found the name {name!r}; accepted: a name without 'flash', '/' and '|', which transformers reads "
             'as a package or kernel of its own. Choose another, such as "attn_fast", with backend='
         )
         raise CallRefused(msg)
+    if _is_taken(name):
+        msg = (
+            f"register: found the name {name!r}, under which transformers has another implementation; accepted: a name of its "
+            'own, such as "attn"'
+        )
+        raise CallRefused(msg)
+    if backend is not None:
+        selection.check(selection.normalized(backend))
     AttentionInterface.register(name, partial(attention_forward, backend=backend))
     AttentionMaskInterface.register(name, attention_mask)
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a name is another's: what is registered under it did not come from here. "eager" has no function of its own."""
+    functions, masks = map(_made, (AttentionInterface, AttentionMaskInterface))
+    found = functions.get(name)
+    ours = getattr(getattr(found, "func", None), "__module__", None) == __name__
+    return not ours and (name == "eager" or found is not None or name in masks)
+
+
+def _made(registry: Any) -> Any:
+    return registry()
 
 
 def attention_forward(
