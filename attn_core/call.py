@@ -14,7 +14,7 @@ from attn_core.errors import BackendNotUsable, CallRefused
 from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of, window_of
 from attn_core.parallel import scope
-from attn_core.reading import autocast_dtype, check_kept, check_mask, check_tensors, default_scale, has_tangent, read
+from attn_core.reading import autocast_dtype, check_mask, check_raised, check_tensors, default_scale, has_tangent, read
 from attn_core.running import check_result, runner
 from attn_core.traced import traced_attention
 
@@ -250,7 +250,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
     except (RuntimeError, TypeError, ValueError) as error:
         check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
         check_mask(attn_mask, query, key)
-        check_kept(error, query, key, value, attn_mask)
+        check_raised(error, query, key, value, attn_mask)
         raise
 
 
@@ -346,7 +346,7 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
     try:
         result = run(query, key, value, scale=call.options["scale"], **brought)
     except RuntimeError as error:
-        check_kept(error, query, key, value, options["attn_mask"])
+        check_raised(error, query, key, value, options["attn_mask"])
         raise
     if compiled is not None:
         warming.note(compiled, warming.FORWARD)

@@ -247,6 +247,9 @@ def _check_offsets(label: str, value: object) -> None:
             "From lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)"
         )
         raise CallRefused(msg)
+    if value.is_meta:
+        msg = f"Packed: {label} holds values that are read when it is made; found a tensor on meta, which has none"
+        raise CallRefused(msg)
 
 
 def _lengths(label: str, offsets: torch.Tensor) -> list[int]:

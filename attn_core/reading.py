@@ -223,8 +223,19 @@ def needs_graph(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(item, torch.Tensor) and item.requires_grad for item in tensors)
 
 
-def check_kept(error: Exception, query: Any, key: Any, value: Any, attn_mask: Any) -> None:
-    """Refuse, where torch has raised for it, tensors of inference mode that the call would have kept for its backward."""
+def check_raised(error: Exception, query: Any, key: Any, value: Any, attn_mask: Any) -> None:
+    """Refuse, where torch has raised for it, what it does not let a call have.
+
+    That is its kernels, where the user has switched them off, and tensors of inference mode that the call would have kept
+    for its backward.
+    """
+    if "No viable backend for scaled_dot_product_attention" in str(error):
+        msg = (
+            "torch's scaled_dot_product_attention: found no kernel of it that is switched on and takes this call; accepted: one "
+            "that does. Next: make the call outside of torch.nn.attention.sdpa_kernel(...), which leaves only some of them (as "
+            "torch.backends.cuda.enable_math_sdp(False) does), or choose another backend"
+        )
+        raise CallRefused(msg) from error
     if "nference tensor" not in str(error):
         return
     given = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attn_core import (
     AttnError,
@@ -216,6 +217,19 @@ def test_masks_of_other_lengths_are_refused_after_right_ones_were_accepted():
 def test_offsets_that_make_no_sense_are_refused(offsets):
     with pytest.raises(CallRefused, match="Packed: cu_seqlens_q"):
         Packed(torch.tensor(offsets, dtype=torch.int32))
+
+
+def test_offsets_without_values_are_refused():
+    with pytest.raises(CallRefused, match="Packed: cu_seqlens_q holds values .*; found a tensor on meta"):
+        Packed(torch.zeros(3, dtype=torch.int32, device="meta"))
+
+
+@pytest.mark.parametrize("lse", [False, True])
+def test_kernels_of_torch_that_the_user_has_switched_off_are_told(lse):
+    for _ in range(2):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), pytest.raises(CallRefused, match="outside of torch.nn.attention"):
+            attention(Q, Q, Q, return_lse=lse, backend="native")
+        attention(Q, Q, Q, return_lse=lse, backend="native")
 
 
 def test_descriptions_refuse_what_they_can_not_mean():
