@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from attn_core.parallel.explaining import Spreading
     from attn_core.parallel.kind import Kind
     from attn_core.registry import Row
+
+
+_MOST_BYTES = 2**63
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,13 @@ def explain_shapes(
         msg = f"dtype: found {dtype!r}; accepted: a dtype of torch such as bfloat16, float16, float32"
         raise CallRefused(msg)
     backend = options.pop("backend", None)
-    first, second, third = (
-        torch.empty(tuple(shape), dtype=kind, device="meta", requires_grad=backward) for shape in (query, key, value)
-    )
     try:
+        for label, shape in (("query", query), ("key", key), ("value", value)):
+            _check_size(label, shape, kind)
+        first, second, third = (
+            torch.empty(tuple(shape), dtype=kind, device="meta", requires_grad=backward)
+            for shape in (query, key, value)
+        )
         call = read(first, second, third, options)
         facts = replace(call.facts, **_device_facts(device))
         kind = None
@@ -181,6 +188,12 @@ def explain_shapes(
     except CallRefused as error:
         return Explanation(None, str(error), None, "the call", str(error), ())
     return explain_facts(facts, backend, kind)
+
+
+def _check_size(label: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if prod(max(size, 1) for size in shape) * dtype.itemsize >= _MOST_BYTES:
+        msg = f"{label}: found shape {tuple(shape)}; accepted: one that a tensor can have, of fewer than 2**63 bytes"
+        raise CallRefused(msg)
 
 
 def explain_facts(
@@ -256,11 +269,11 @@ def _device_facts(device: str) -> dict[str, Any]:
     from attn_core.facts import PLATFORMS
     from attn_core.reading import device_facts
 
-    platform = device.partition(":")[0]
-    if platform not in PLATFORMS:
-        msg = f"device: found {device!r}; accepted: {', '.join(PLATFORMS)}"
+    platform, colon, index = device.partition(":")
+    if platform not in PLATFORMS or bool(colon) != (index.isascii() and index.isdigit()):
+        msg = f"device: found {device!r}; accepted: {', '.join(PLATFORMS)}, and the number of one as in cuda:0"
         raise CallRefused(msg)
-    if platform == "cuda" and torch.cuda.is_available():
+    if platform == "cuda" and int(index or 0) < torch.cuda.device_count():
         return device_facts(torch.device(device))
     return {"platform": platform, "compute_capability": None}
 

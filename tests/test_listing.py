@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -218,6 +219,27 @@ def test_arguments_that_make_no_sense_are_status_2(arguments, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("usage: attn")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--query", "99999999999999,99999999999999,99,8"],
+            "query: found shape .*; accepted: one that a tensor can have",
+        ),
+        (["--query", f"{10**30},1,1,8"], "query: found shape .*; accepted: one that a tensor can have"),
+        (["--query", "1,4,2,8", "--device", "cuda:99x"], "device: found 'cuda:99x'; accepted: cpu, cuda.* cuda:0"),
+        (["--query", "1,4,2,8", "--device", "cpu:"], "device: found 'cpu:'"),
+        (["--query", "1,4,2,8", "--device", "cuda:99"], "Call: cuda, float32"),
+        (["--query", "1,4,2,8", "--window-size", "-1,0"], r"window_size \(-1, 0\)"),
+        (["--query", "1,4,2,8", "--window-size", "-1,-1", "--causal"], "causal$"),
+        (["--query", "1,4,2,8", "--scale", "-0.5"], "Call: "),
+    ],
+)
+def test_explain_takes_numbers_below_0_and_refuses_what_no_tensor_has(arguments, said, capsys):
+    assert cli.main(["explain", *arguments]) == 0
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from attn_core.commands import look
@@ -24,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="such as cpu, cuda; it need not be here")
     parser.add_argument("--causal", action="store_true", help="bottom-right causal")
     parser.add_argument(
-        "--window-size", type=_integers, metavar="LEFT,RIGHT", help="in keys; write --window-size=-1,0 for unlimited"
+        "--window-size", type=_integers, metavar="LEFT,RIGHT", help="in keys, -1 for unlimited, as in -1,0"
     )
+    # What argparse takes for a number below 0 and not for an option; a window is two of them.
+    parser._negative_number_matcher = re.compile(r"-\d+(,-?\d+)*|-\d*\.\d+")  # noqa: SLF001
     parser.add_argument("--scale", type=float, help="1/sqrt(head_dim) where not given")
     parser.add_argument("--softcap", type=float, help="cap of the scores")
     parser.add_argument("--dropout-p", type=float, default=0.0, help="probability to drop")
