@@ -2,12 +2,14 @@
 
 A bound module gets a class of its own, derived from the one it had, whose ``forward`` opens the scope, as torch's
 ``parametrize`` and ``fully_shard`` give modules theirs. A ``forward`` put on the instance would be shared by its shallow
-copies (``copy.copy``, the replicas of ``DataParallel``), which would then run the original's.
+copies (``copy.copy``, the replicas of ``DataParallel``), which would then run the original's. Where there is one already it is
+so as it is, and it gets the scope around it. Who has kept a ``forward`` of the module, of whichever time, to wrap it may go on
+calling it: each opens the scope of the binding that there is by then, if there is one, around what it was made for.
 """
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import cache, partial, update_wrapper, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -23,10 +25,9 @@ if TYPE_CHECKING:
 
 
 class _Bound(NamedTuple):
-    """The names that a module is bound to, and the ``forward`` that its instance had instead of its class's."""
+    """The names that a module is bound to; each binding has one of its own."""
 
     names: tuple[str, ...]
-    forward: Callable[..., Any] | None
 
 
 class Binding:
@@ -52,7 +53,9 @@ def bind(module: torch.nn.Module, *names: str) -> Binding:
     The innermost of bindings and scopes wins, so a submodule with a binding of its own, or a scope opened inside, goes
     first. Binding again replaces the binding. It is copied and pickled with the module, shallow copies and the replicas of
     ``DataParallel`` included; parameters, hooks and the state dict stay as they are. While it is bound, the module is of a
-    class derived from its own.
+    class derived from its own. Its ``forward`` may be wrapped by others before, meanwhile and afterwards
+    (``module.forward = torch.compile(module.forward)``, the hooks of accelerate); one that is put in its place and does not
+    call it is not bound until it is bound again.
 
     Args:
         module: a ``torch.nn.Module``. Methods called beside ``forward`` (``vae.decode``) are not inside: bind the
@@ -94,8 +97,12 @@ def _check_module(module: Any) -> None:
 
 
 def _attach(module: torch.nn.Module, choice: Choice) -> _Bound:
-    bound = _Bound(listed(choice), module.__dict__.pop("forward", None))
+    bound = _Bound(listed(choice))
     module.__dict__["_attn_bound"] = bound
+    own = _own_forward(module)
+    if own is not None:
+        scoped = partial(_inside, module, own)
+        module.__dict__["forward"] = update_wrapper(scoped, own, updated=())  # a compiled one holds marks of Dynamo's
     kind: Any = type(module)
     if not hasattr(kind, "_attn_unbound"):
         module.__class__ = _bound_class(kind)
@@ -103,11 +110,26 @@ def _attach(module: torch.nn.Module, choice: Choice) -> _Bound:
 
 
 def _detach(module: torch.nn.Module) -> None:
-    previous = module.__dict__.pop("_attn_bound").forward
-    if previous is not None:
-        module.__dict__.setdefault("forward", previous)
+    del module.__dict__["_attn_bound"]
+    own = _own_forward(module)
+    if own is not None:
+        module.__dict__["forward"] = own
     if "_attn_unbound" in vars(type(module)):  # not where another has derived a class from it since
         module.__class__ = vars(type(module))["_attn_unbound"]
+
+
+def _own_forward(module: torch.nn.Module) -> Any:
+    """The ``forward`` that was put on the instance, without the scope of a binding around it."""
+    found = module.__dict__.get("forward")
+    return found.args[1] if isinstance(found, partial) and found.func is _inside else found
+
+
+def _inside(module: torch.nn.Module, forward: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+    bound = getattr(module, "_attn_bound", None)
+    if bound is None:
+        return forward(*args, **options)
+    with use_backend(*bound.names):
+        return forward(*args, **options)
 
 
 @cache
@@ -118,13 +140,11 @@ def _bound_class(unbound: Any) -> type[torch.nn.Module]:
 
         @wraps(unbound.forward)
         def forward(self, *args: Any, **options: Any) -> Any:
-            bound = self._attn_bound
+            bound = getattr(self, "_attn_bound", None)  # it may be kept by a wrapper when the binding is gone
             if bound is None:
                 return unbound.forward(self, *args, **options)
             with use_backend(*bound.names):
-                if bound.forward is None:
-                    return unbound.forward(self, *args, **options)
-                return bound.forward(*args, **options)
+                return unbound.forward(self, *args, **options)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             """As the class that pickle can find has it, and bound again where it is made."""

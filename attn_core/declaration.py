@@ -19,6 +19,7 @@ API = 1
 """The version of the meanings (the table of what each option does) that this core speaks."""
 
 NAME = re.compile(r"[a-z_][a-z0-9_]*")
+_EXTRA = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -172,7 +173,9 @@ def _check_capabilities(owner: str, found: Any) -> CapabilityRange | frozenset[t
 
 
 def _check_head_dims(owner: str, found: Any) -> range | frozenset[Any]:
-    items = found if isinstance(found, (range, set, frozenset, list, tuple)) else ()
+    items = found if isinstance(found, (set, frozenset, list, tuple)) else ()
+    if isinstance(found, range):  # it may be too long to list
+        items = (*found[:1], *found[-1:])
     numbers = [n for item in items for n in (item if isinstance(item, tuple) and len(item) == 2 else (item,))]
     if not numbers or not all(type(n) is int and n > 0 for n in numbers):
         msg = f"{owner}: head_dims is a range, or a set of numbers or (D, Dv) pairs above 0, found {found!r}"
@@ -314,7 +317,7 @@ class Limits:
     def head_dim_reasons(self, facts: Facts) -> list[str]:
         """The reason, if there is one, why head dims like these are refused."""
         pair, dims = (facts.head_dim, facts.value_head_dim), self.head_dims
-        if dims is None or pair in dims or (facts.head_dim in dims and facts.value_head_dim in dims):
+        if dims is None or _has_pair(dims, pair) or (facts.head_dim in dims and facts.value_head_dim in dims):
             return []
         shown = str(facts.head_dim) if pair[0] == pair[1] else f"{pair} for query and value"
         return [f"head_dim: found {shown}; accepted: {describe_head_dims(dims)}"]
@@ -330,7 +333,7 @@ class Limits:
             yield f"{name}: {found}not supported: {no}"
 
     def _pair_declared(self, facts: Facts) -> bool:
-        return self.head_dims is not None and (facts.head_dim, facts.value_head_dim) in self.head_dims
+        return self.head_dims is not None and _has_pair(self.head_dims, (facts.head_dim, facts.value_head_dim))
 
     def _reasons_from_rules(self, facts: Facts) -> Iterable[str]:
         for rule in self.rules:
@@ -339,6 +342,11 @@ class Limits:
                 yield f"{rule.text}: the rule itself raises {refused}; report it to the authors of the wheel"
             elif refused.value:
                 yield rule.text
+
+
+def _has_pair(dims: HeadDims, pair: tuple[int, int]) -> bool:
+    """Whether a (D, Dv) pair is declared as such; a range has none, and would compare each of its numbers."""
+    return not isinstance(dims, range) and pair in dims
 
 
 def _capability(capability: tuple[int, int]) -> str:
@@ -367,11 +375,23 @@ def _wider(forward: Limits, backward: Limits) -> Iterable[str]:
         if getattr(backward, name) is True and isinstance(no, No):
             yield f"{name}: found True; accepted: a No, as of the forward ({no})"
     if forward.head_dims is not None:
-        dims = [item if isinstance(item, tuple) else (item, item) for item in backward.head_dims or ()]
+        dims = (
+            item if isinstance(item, tuple) else (item, item)
+            for item in _telling(backward.head_dims, forward.head_dims)
+        )
         facts = (Facts(head_dim=query, value_head_dim=value) for query, value in dims)
         yield from islice((reason for item in facts for reason in forward.head_dim_reasons(item)), 1)
     if not _capabilities_within(backward.compute_capability, forward.compute_capability):
         yield f"compute_capability: found {_capabilities(backward)}; accepted: {_capabilities(forward)}"
+
+
+def _telling(found: HeadDims | None, accepted: HeadDims) -> Iterable[int | tuple[int, int]]:
+    """Those of the head dims of a backward that tell whether all are accepted: of a long range, a few."""
+    if not isinstance(found, range):
+        return found or ()
+    if isinstance(accepted, range):  # where the first two and the last are in it, the steps between are
+        return (*found[:2], *found[-1:])
+    return found[: len(accepted) + 1]
 
 
 def _admitted_masks(limits: Limits) -> list[str]:
@@ -581,6 +601,23 @@ class Needs:
         if (self.extra is None) == (self.module is None):
             msg = f"Needs: give one of extra and module, found extra={self.extra!r}, module={self.module!r}"
             raise DeclarationError(msg)
+        if self.extra is not None and not _is_extra(self.extra):
+            msg = f"Needs: extra is the name of an extra of the wheel, found {self.extra!r}"
+            raise DeclarationError(msg)
+        if self.module is not None and not _is_module(self.module):
+            msg = f"Needs: module is the dotted name of a module, found {self.module!r}"
+            raise DeclarationError(msg)
+        if self.install is not None and not (isinstance(self.install, str) and self.install.strip()):
+            msg = f"Needs: install is a line of text, or None, found {self.install!r}"
+            raise DeclarationError(msg)
+
+
+def _is_extra(found: object) -> bool:
+    return isinstance(found, str) and _EXTRA.fullmatch(found) is not None
+
+
+def _is_module(found: object) -> bool:
+    return isinstance(found, str) and all(part.isidentifier() for part in found.split("."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -642,6 +679,10 @@ class BackendSpec:
         self._check_alternatives(owner)
         self._check_contradictions(owner)
 
+    def __hash__(self) -> int:
+        """By the names: equal records have equal ones, and what the others hold (a mapping of masks) has no hash."""
+        return hash((self.api, self.name, self.forward, self.backward))
+
     def _check_names(self) -> None:
         if isinstance(self.aliases, str) or not isinstance(self.aliases, Collection):
             msg = f"BackendSpec({self.name!r}): aliases is a set of names, found the text {self.aliases!r}"
@@ -670,6 +711,12 @@ class BackendSpec:
             if not isinstance(found, accepted):
                 msg = f"{owner}: {label} is {words}, found {found!r}"
                 raise DeclarationError(msg)
+        if isinstance(self.needs, str) and not (_is_extra(self.needs) or _is_module(self.needs)):
+            msg = (
+                f"{owner}: needs is the name of an extra or of a module, found {self.needs!r}; the version of a library "
+                "goes into Constraints(library=)"
+            )
+            raise DeclarationError(msg)
         if self.autograd is None:
             object.__setattr__(self, "autograd", "own" if self.backward is None else "core")
         if self.autograd not in ("own", "core"):

@@ -146,10 +146,16 @@ def _declared_rows(wheel: Wheel, needed: Needed, switches: Switches) -> list[Row
         for spec in specs.value:
             row = _row(wheel, spec, needed, switches)
             earlier = rows.setdefault(spec.name, row)
-            if earlier.spec is not None and earlier.spec != spec:
+            if earlier is not row and not _declared_alike(earlier, spec):
                 reason = f"two of its entry points declare a backend {spec.name}, each another"
                 rows[spec.name] = wheel.row(spec.name, BROKEN, reason, wheel.report)
     return [*rows.values(), *failed]
+
+
+def _declared_alike(earlier: Row, spec: BackendSpec) -> bool:
+    """Whether a backend was declared before in the same way; what a record holds may be of classes that raise."""
+    alike = attempt(lambda: bool(earlier.spec == spec))
+    return not isinstance(alike, Raised) and alike.value
 
 
 def _row(wheel: Wheel, spec: BackendSpec, needed: Needed, switches: Switches) -> Row:
@@ -257,7 +263,7 @@ def _specs_in(result: Any) -> Iterable[BackendSpec]:
         msg = f"declares more than {MOST_BACKENDS} backends"
         raise HookError(msg)
     for spec in specs:
-        if not isinstance(spec, BackendSpec):
-            msg = f"has a {type(spec).__name__} among its backends; each is a BackendSpec"
+        if type(spec) is not BackendSpec:  # a class derived from it could do anything where rows are compared
+            msg = f"has a {type(spec).__name__} among its backends; each is a BackendSpec itself"
             raise HookError(msg)
     return specs

@@ -129,7 +129,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (Limits, ContextParallelSupport, CapabilityRange, Needs)):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, range):
-        return {"minimum": min(value), "maximum": max(value), "step": abs(value.step)}
+        lowest, highest = sorted((value[0], value[-1]))  # min() would go through all of it
+        return {"minimum": lowest, "maximum": highest, "step": abs(value.step)}
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return _plain_list(value) if isinstance(value, (frozenset, tuple)) else value

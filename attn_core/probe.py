@@ -117,7 +117,8 @@ def _head_dims(alternative: Constraints) -> tuple[int, int]:
     if declared is None:
         return 64, 64
     common = next((number for number in _HEAD_DIMS if number in declared), None)
-    chosen = common if common is not None else min(declared, key=lambda item: (isinstance(item, tuple), item))
+    ends = (*declared[:1], *declared[-1:]) if isinstance(declared, range) else declared
+    chosen = common if common is not None else min(ends, key=lambda item: (isinstance(item, tuple), item))
     return chosen if isinstance(chosen, tuple) else (chosen, chosen)
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from contextvars import ContextVar, Token
-from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType
 
 import torch
 
-from attn_core import registry
+from attn_core import registry, trace
 from attn_core.errors import AttnError, BackendNotUsable
 from attn_core.guarded import guarded
 
@@ -174,15 +173,17 @@ class use_backend:  # noqa: N801 - a context manager reads as a verb
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
-            traced_scopes.append((self.names, _trace()))
+            if trace.enter(self.names):
+                traced_scopes.append((self.names, trace.number()))
             return
         self._opened.append(open_scope(check(self.names), self))
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if torch.compiler.is_dynamo_compiling():
-            traced_scopes.pop()
+            if trace.leave():
+                traced_scopes.pop()
             return
         own = [
             scope for scope in scopes() if scope.owner is self
@@ -356,7 +357,8 @@ def note_used(choice: Choice | None) -> None:
 # open somewhere", and refuses in the second case: never stale.
 
 traced_scopes: list[tuple[Choice, int]] = []
-"""Scopes opened inside the code that is being traced, each with its trace; Dynamo follows appends and pops.
+"""Scopes opened inside the code that is being traced, each with its trace; Dynamo follows appends and pops. Those in a
+generator or in the body of an operator are not among them: they can't outlive their trace.
 
 Empty outside a trace, unless Dynamo left the code inside a scope: at a graph break, in a function that is not compiled,
 or where a generator is suspended. Calls are refused as long as that lasts, since nobody can tell whose scope it is.
@@ -371,20 +373,6 @@ SUSPENDED = (
     "that is not compiled, or a suspended generator lies inside it, or something in it was refused or raised while it was "
     "traced (run it without torch.compile to see that). Open the scope around the compiled code, or pass backend="
 )
-
-_traces = count(1)
-
-
-def _trace() -> int:
-    """A number for what Dynamo is tracing just now."""
-    context: Any = torch._guards.TracingContext.get()
-    if not hasattr(context, "attn_trace"):
-        context.attn_trace = next(_traces)
-    number: int = context.attn_trace
-    return number
-
-
-_trace._dynamo_marked_constant = True  # type: ignore[attr-defined] # as below
 
 
 def _consistent_in_force() -> Choice | None:
@@ -410,11 +398,13 @@ def _count_open(step: int) -> None:
 
 def traced_choice() -> Choice | None:
     """The choice in force, as code that is being traced may read it."""
-    if traced_scopes:
-        names, trace = traced_scopes[-1]
-        if trace != _trace():
-            raise BackendNotUsable(SUSPENDED)
-        return names
+    if traced_scopes and traced_scopes[-1][1] != trace.number():
+        raise BackendNotUsable(SUSPENDED)
+    state, names = trace.innermost()
+    if state == "suspended":
+        raise BackendNotUsable(SUSPENDED)
+    if state == "open":
+        return names  # type: ignore[no-any-return]
     if guarded_choice is not None:
         return guarded_choice.now()  # type: ignore[no-any-return]
     if scope_is_open:

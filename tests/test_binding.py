@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import threading
@@ -115,6 +116,53 @@ def test_a_wrapper_put_around_a_bound_forward_runs_inside_the_binding():
     inside = layer.forward
     layer.forward = lambda query: inside(query) * 3
     assert number_of(layer(Q)) == 3
+
+
+WRAPPERS = {
+    "a function": lambda forward: lambda query: forward(query) * 1,
+    "partial": lambda forward: functools.update_wrapper(
+        functools.partial(lambda inner, query: inner(query), forward), forward
+    ),
+    "torch.compile": lambda forward: torch.compile(forward, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_a_binding_comes_and_goes_beneath_a_wrapper_of_forward(how, own):
+    layer = Layer()
+    if own:
+        layer.forward = lambda query: attention(query, query, query)
+    binding = bind(layer, "alpha")
+    before = layer.forward
+    layer.forward = WRAPPERS[how](before)
+    assert number_of(layer(Q)) == 1
+    second = bind(layer, "beta")
+    assert number_of(layer(Q)) == 2
+    binding.remove()
+    assert number_of(layer(Q)) == 2
+    second.remove()
+    assert type(layer) is Layer
+    with use_backend("gamma"):
+        assert number_of(layer(Q)) == 3
+    third = bind(layer, "alpha")
+    layer.forward = WRAPPERS[how](layer.forward)
+    assert number_of(layer(Q)) == 1
+    assert number_of(copy.deepcopy(layer)(Q)) == 1
+    layer.forward = before
+    third.remove()
+    with use_backend("gamma"):
+        assert number_of(layer(Q)) == 3
+    bind(layer, "beta")
+    assert number_of(layer(Q)) == 2
+
+
+def test_a_forward_put_in_place_of_a_bound_one_is_bound_when_it_is_bound_again():
+    layer = Layer()
+    bind(layer, "alpha")
+    layer.forward = lambda query: attention(query, query, query) * 5
+    bind(layer, "beta")
+    assert number_of(layer(Q)) == 10
 
 
 def test_a_bound_module_looks_as_it_did():

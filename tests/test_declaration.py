@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from attn_core.admission import refusals
-from attn_core.plugin import BackendSpec, Backward, CapabilityRange, Constraints, DeclarationError, Facts, No
+from attn_core.listing import as_data
+from attn_core.plugin import BackendSpec, Backward, CapabilityRange, Constraints, DeclarationError, Facts, Needs, No
+from attn_core.record import AVAILABLE, Row
+from attn_core.testing.head_dims import many_head_dims, representative_head_dims
 
 NARROW = {"platforms": {"cuda"}, "dtypes": {"float16", "bfloat16"}, "masks": {"none", "bool"}}
 
@@ -125,3 +130,58 @@ def test_of_two_alternatives_for_one_device_that_with_fewer_reasons_speaks():
     )
     facts = Facts(**ON_GPU, mask="bool", head_dim=128, value_head_dim=128)
     assert alternatives(wide, older, near).reasons(facts) == near.reasons(facts) != []
+
+
+LONG = range(1, 10**12)
+
+
+def test_a_range_of_head_dims_is_never_listed():
+    made = constraints({"head_dims": LONG}, head_dims=LONG)
+    (reason,) = made.reasons(Facts(platform="cuda", dtype="float16", head_dim=10**11, value_head_dim=3))
+    assert reason.startswith("value_head_dim: found 3 beside a query and key head dim of 100000000000; not supported")
+    assert made.reasons(Facts(platform="cuda", dtype="float16", head_dim=10**13, value_head_dim=10**13)) == [
+        f"head_dim: found {10**13}; accepted: 1 to {10**12 - 1}"
+    ]
+    with pytest.raises(DeclarationError, match="head_dim: found 1; accepted: 64, 128"):
+        constraints({"head_dims": LONG}, head_dims={64, 128})
+    with pytest.raises(DeclarationError, match="head_dim: found 2; accepted: 1 to 999999999999 in steps of 2"):
+        constraints({"head_dims": LONG}, head_dims=LONG[::2])
+    for refused in (range(10**12), range(10**12, -1, -1), range(0)):
+        with pytest.raises(DeclarationError, match="head_dims is a range, or a set of numbers"):
+            constraints({}, head_dims=refused)
+    shown = as_data(Row("acme", AVAILABLE, spec=alternatives(made)))["spec"]["constraints"][0]["head_dims"]
+    assert shown == {"minimum": 1, "maximum": 10**12 - 1, "step": 1}
+    assert representative_head_dims(LONG)[:2] == [(64, 64), (16, 16)]
+    assert len(many_head_dims(LONG, Random(0))) > len(many_head_dims(range(1, 40), Random(0)))
+
+
+def needing(needs):
+    return BackendSpec(
+        api=1, name="acme", summary="Acme", forward="acme:forward", needs=needs,
+        constraints=Constraints(platforms={"cpu"}, dtypes={"float32"}, masks={"none"}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("needs", ["", " ", "torch>=2", ".x", "x.", "a b", "acme[kernel]"])
+def test_what_names_neither_an_extra_nor_a_module_is_refused(needs):
+    with pytest.raises(DeclarationError, match=r"needs is the name of an extra or of a module, found '.*library="):
+        needing(needs)
+    with pytest.raises(DeclarationError, match="Needs: extra is the name of an extra of the wheel, found"):
+        Needs(extra=needs)
+    with pytest.raises(DeclarationError, match="Needs: module is the dotted name of a module, found"):
+        Needs(module=needs)
+    with pytest.raises(DeclarationError, match="Needs: install is a line of text, or None, found"):
+        Needs(module="acme", install=" ")
+
+
+@pytest.mark.parametrize(
+    "needs", [None, "kernel", "flash-attn", "cuda12.4", "acme.kernels", "_acme", Needs(extra="x-y")]
+)
+def test_the_name_of_an_extra_or_of_a_module_is_taken(needs):
+    assert needing(needs).needs == needs
+
+
+def test_a_declaration_goes_into_sets_and_dicts():
+    first, second = needing("kernel"), needing("kernel")
+    assert first == second
+    assert len({first, second, needing(None)}) == 2

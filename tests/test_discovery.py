@@ -68,6 +68,27 @@ def test_two_entry_points_that_declare_a_name_each_in_its_way_are_broken_for_tha
     assert "two of its entry points" in world.rows()[0].reason
 
 
+def test_records_that_raise_where_they_are_compared_are_taken_for_different_ones(neighbours):
+    source = written("""
+        class Odd(Constraints):
+            def __eq__(self, other):
+                raise RuntimeError("never equal")
+
+            __hash__ = None
+
+        @hookimpl
+        def attn_backends():
+            odd = Odd(platforms={"cpu"}, dtypes={"float32"}, masks={"none"})
+            yield spec("acme", constraints=odd)
+    """)
+    (neighbours.folders[0] / "acme_more.py").write_text(source)
+    points = "[attn.backends]\na = mmm_tried_declaration\nb = acme_more\n"
+    neighbours.wheel("mmm-tried", source, entry_points=points)
+    row = tried(neighbours)
+    assert (row.name, row.status) == ("acme", "broken")
+    assert "two of its entry points" in row.reason
+
+
 def test_an_entry_point_may_name_an_object_and_a_function_may_have_another_name(world):
     source = written("""
         class Wheel:
@@ -130,6 +151,20 @@ BROKEN = {
     "yields something else": (
         written("@hookimpl\ndef attn_backends():\n    yield {'name': 'acme'}\n"),
         "has a dict among",
+    ),
+    "yields a record of a class of its own": (
+        written("""
+            class Mine(BackendSpec):
+                def __eq__(self, other):
+                    raise RuntimeError("never equal")
+
+                __hash__ = None
+
+            @hookimpl
+            def attn_backends():
+                yield Mine(api=1, name="acme", summary="Acme", forward="nowhere:forward", constraints=PLAIN)
+        """),
+        "has a Mine among its backends; each is a BackendSpec itself",
     ),
     "never ends": (
         written("@hookimpl\ndef attn_backends():\n    while True: yield spec('acme')\n"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from random import Random
 
     from attn_core.declaration import HeadDims
@@ -47,13 +47,16 @@ def many_head_dims(declared: HeadDims | None, random: Random) -> list[tuple[int,
     if declared is not None and len(numbers) <= 2 * FEW:
         return [*_alike(numbers), *pairs]
     typical = [dim for dim in _TYPICAL if declared is None or dim in declared]
-    others = [dim for dim in numbers if dim not in typical]
-    chosen = {*typical, *numbers[:1], *numbers[-1:], *random.sample(others, min(_OTHERS, len(others)))}
+    drawn = random.sample(numbers, min(_OTHERS + len(typical), len(numbers)))
+    others = [dim for dim in drawn if dim not in typical][:_OTHERS]
+    chosen = {*typical, *numbers[:1], *numbers[-1:], *others}
     return [*_alike(sorted(chosen)), *pairs]
 
 
-def _declared(declared: HeadDims) -> tuple[list[int], list[tuple[int, int]]]:
-    """The numbers and the pairs, each in order."""
+def _declared(declared: HeadDims) -> tuple[Sequence[int], list[tuple[int, int]]]:
+    """The numbers and the pairs, each in order; a range, which may be too long to list, as it is."""
+    if isinstance(declared, range):
+        return (declared if declared.step > 0 else declared[::-1]), []
     numbers = sorted(item for item in declared if isinstance(item, int))
     return numbers, sorted(item for item in declared if isinstance(item, tuple))
 

@@ -12,7 +12,7 @@ import torch
 from attn_core import call, loading
 from attn_core.declaration import No
 from attn_core.errors import AttnError
-from attn_core.facts import MASKS
+from attn_core.facts import MASKS, Facts
 from attn_core.guard import Raised, attempt
 from attn_core.testing.checking import check
 from attn_core.testing.outcomes import CheckFailed, NotChecked
@@ -158,7 +158,7 @@ def refused_head_dims(subject: Subject) -> str:
 
 
 def _admits_dim(alternative: Constraints, dim: int) -> bool:
-    return alternative.head_dims is None or dim in alternative.head_dims or (dim, dim) in alternative.head_dims
+    return not alternative.head_dim_reasons(Facts(head_dim=dim, value_head_dim=dim))
 
 
 @check("refused-compile", when=lambda spec: isinstance(spec.compile, No), cheap=True)
