@@ -15,7 +15,7 @@ from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of, window_of
 from attn_core.parallel import scope
 from attn_core.reading import autocast_dtype, check_mask, check_raised, check_tensors, default_scale, has_tangent, read
-from attn_core.running import check_result, runner
+from attn_core.running import KERNELS_RAISE, check_result, failure, runner
 from attn_core.traced import traced_attention
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ _BROUGHT = ("softcap", "dropout_p", "attn_mask")
 _MASK_ALONE = ("attn_mask",)
 _NONE_DROPPED = 0.0
 
-# What has been admitted before: the facts of a call -> (what runs it, scale where none is given, options brought or None).
-_memory: dict[tuple[Any, ...], tuple[Callable[..., Any], float, tuple[str, ...] | None]] = {}
+# What has been admitted before: the facts of a call ->
+# (what runs it, scale where none is given, options brought or None, the backend's name for messages).
+_memory: dict[tuple[Any, ...], tuple[Callable[..., Any], float, tuple[str, ...] | None, str]] = {}
 
 # Bound once: a look-up through two modules on each call would cost a tenth of the whole.
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -237,7 +238,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": None,
         }  # fmt: skip
         return _first_call(kind, query, key, value, options, backend)
-    run, usual_scale, brought = found
+    run, usual_scale, brought, name = found
     if scale is None:
         scale = usual_scale
     try:
@@ -247,11 +248,14 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             return run(query, key, value, scale=scale, attn_mask=attn_mask)
         given = {"softcap": softcap, "dropout_p": dropout_p, "attn_mask": attn_mask}
         return run(query, key, value, scale=scale, **{name: given[name] for name in brought})
-    except (RuntimeError, TypeError, ValueError) as error:
+    except KERNELS_RAISE as error:
         check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
         check_mask(attn_mask, query, key)
         check_raised(error, query, key, value, attn_mask)
-        raise
+        failed = failure(name, error, query, key, value)
+        if failed is None:
+            raise
+        raise failed from error
 
 
 # --- parts of the key -------------------------------------------------------------------------------------------------
@@ -345,9 +349,12 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
         warming.before(compiled, warming.FORWARD, query)
     try:
         result = run(query, key, value, scale=call.options["scale"], **brought)
-    except RuntimeError as error:
+    except KERNELS_RAISE as error:
         check_raised(error, query, key, value, options["attn_mask"])
-        raise
+        failed = failure(admitted.row.name, error, query, key, value)
+        if failed is None:
+            raise
+        raise failed from error
     if compiled is not None:
         warming.note(compiled, warming.FORWARD)
     check_result(admitted.row.name, result, query, value, call)
@@ -356,7 +363,7 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
             _memory.clear()
         names = tuple(brought) or None
         names = _MASK_ALONE if names == _MASK_ALONE else names  # the same object, which the call compares
-        _memory[kind] = (run, default_scale(call.facts.head_dim), names)
+        _memory[kind] = (run, default_scale(call.facts.head_dim), names, admitted.row.name)
     return result
 
 

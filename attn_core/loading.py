@@ -56,10 +56,12 @@ class Adapter:
     Attributes:
         forward: ``forward(query, key, value, *, scale, ...) -> out``, or ``(out, lse)`` where asked.
         backward: ``backward(grad_out, query, key, value, out, lse, *, scale, ...) -> (dq, dk, dv)``, or None.
+        name: of the backend, for messages.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
+    name: str = "a backend"
 
 
 _loaded: dict[int, tuple[BackendSpec, Adapter]] = {}  # by identity: a declaration holds sets and functions
@@ -118,10 +120,10 @@ def _adapter(spec: BackendSpec) -> Adapter:
     forward = _function(spec.forward)
     check_signature(spec.forward, forward, _FORWARD, forward_options(spec))
     if spec.backward is None:
-        return Adapter(_with_defaults(forward), None)
+        return Adapter(_with_defaults(forward), None, spec.name)
     backward = _function(spec.backward)
     check_signature(spec.backward, backward, _BACKWARD, backward_options(spec))
-    return Adapter(_with_defaults(forward), _with_defaults(backward))
+    return Adapter(_with_defaults(forward), _with_defaults(backward), spec.name)
 
 
 def _with_defaults(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -134,13 +134,29 @@ def attend(
     if options.scale <= 0.0:
         query, scale = positive_scale(query, options.scale)
         options = options._replace(scale=scale)
-    width = value.shape[3]
     if attn_mask is None:
         shaped = _shaped(kernel, query, key, value)
         out, lse = kernel.forward(*shaped, None, options, return_lse=return_lse)
         if shaped[2] is not value:
-            out = out[..., :width]
-        return (out, lse) if return_lse else out
+            out = out[..., : value.shape[3]]
+    else:
+        out, lse = _masked(kernel, query, key, value, attn_mask, options, return_lse=return_lse)
+    if out.requires_grad:
+        out.register_hook(aligned)  # what a library's own graph is given; ``differentiate`` does it for the others
+    return (out, lse) if return_lse else out
+
+
+def _masked(
+    kernel: Kernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: KeyPadding | Packed,
+    options: Options,
+    *,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    width = value.shape[3]
     form = _form(query, key, attn_mask, options)
     if form.hidden is not None:
         query_length = query.shape[1]
@@ -148,12 +164,12 @@ def attend(
         out, lse = kernel.forward(*_shaped(kernel, query, key, value), None, options, return_lse=return_lse)
         blind = blind_queries(form.hidden, query_length, window_size=(options.left, options.right))
         out = out[..., :width].masked_fill(blind[:, :, None, None], 0.0)
-        return (out, lse.masked_fill(blind[:, None, :], float("-inf"))) if lse is not None and return_lse else out
+        return out, lse.masked_fill(blind[:, None, :], float("-inf")) if lse is not None and return_lse else None
     packed = _packed(form, *_shaped(kernel, query, key, value))
     out, lse = kernel.forward(*packed, form.starts, options, return_lse=return_lse)
     out = (out.unsqueeze(0) if form.packing is None else form.packing.unpack(out))[..., :width]
     if lse is None or not return_lse:
-        return out
+        return out, None
     return out, lse.unsqueeze(0) if form.packing is None else form.packing.unpack_lse(lse)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core.errors import AttnError, CallRefused
-from attn_core.masks import Description
+from attn_core.guard import one_line
+from attn_core.masks import Description, traced
 from attn_core.reading import cast
 
 if TYPE_CHECKING:
@@ -21,7 +22,43 @@ if TYPE_CHECKING:
 
 
 class KernelError(AttnError):
-    """A kernel returned something other than what its declaration promises."""
+    """A kernel returned something other than what its declaration promises, or raised."""
+
+
+class KernelFailed(KernelError, RuntimeError):  # noqa: N818 - it reads as what happened
+    """A kernel raised while it computed a call that its declaration admits; what it raised is the cause of this."""
+
+
+class KernelOutOfMemory(KernelFailed, torch.OutOfMemoryError):
+    """A kernel found no memory."""
+
+
+KERNELS_RAISE = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What a kernel's own failure is. Others, as torch's signals to itself, pass as they are."""
+
+
+def failure(name: str, error: Exception, query: Any, key: Any, value: Any) -> KernelFailed | None:
+    """What to raise instead of what a backend raised: the same with the backend, the call and what to do.
+
+    None where it is to pass as it is: a refusal, and in traced code, whose tracer may wait for its own errors.
+    """
+    if isinstance(error, AttnError) or traced(query, key, value):
+        return None
+    shown = ", ".join(
+        f"{label} {tuple(tensor.shape)}" for label, tensor in (("query", query), ("key", key), ("value", value))
+    )
+    call = f"{shown}, {str(query.dtype).removeprefix('torch.')} on {query.device}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return KernelOutOfMemory(
+            f"{name}: its kernel found no memory for {call}: {error}. Next: a smaller batch or shorter sequences, or a backend "
+            "that needs less, such as a fused one where this one writes scores out"
+        )
+    return KernelFailed(
+        f"{name}: its kernel raised {one_line(error)}; the call: {call}. Next: name another backend (attn explain shows which "
+        "take the call), and report it to the authors of the wheel if it should"
+    )
 
 
 def runner(name: str, adapter: Adapter, call: Call, *, own_graph: bool, once: No | None = None) -> Callable[..., Any]:
@@ -170,8 +207,23 @@ class _WithBackward(torch.autograd.Function):
             raise CallRefused(msg)
         query, key, value, out, lse, *_mask = ctx.saved_tensors
         with torch.no_grad():
-            grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
+            if torch.compiler.is_compiling():
+                grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
+            else:
+                grads = _differentiated(ctx.adapter, grad_out, query, key, value, out, lse, ctx.options)
         return (*grads, None, None)
+
+
+def _differentiated(adapter: Adapter, grad_out: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+    *others, options = rest
+    backward: Any = adapter.backward
+    try:
+        return backward(grad_out, query, key, value, *others, **options)
+    except KERNELS_RAISE as error:
+        failed = failure(f"{adapter.name}, backward", error, query, key, value)
+        if failed is None:
+            raise
+        raise failed from error
 
 
 def with_backward(adapter: Adapter, query: Any, key: Any, value: Any, **options: Any) -> Any:

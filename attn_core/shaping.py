@@ -86,15 +86,19 @@ def infinite_lse(lse: torch.Tensor) -> torch.Tensor:
     return lse.nan_to_num(float("nan"), float("inf"), float("inf"))  # one launch
 
 
-def natural_lse(lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The lse of FlashAttention-2, which is +inf both for a query that sees nothing (result 0) and for one that met a NaN.
+def natural_lse(lse: torch.Tensor, out: torch.Tensor, nothing: float = float("inf")) -> torch.Tensor:
+    """The lse of a kernel that gives one number to a query that sees nothing (result 0) and to one that met a NaN.
 
     Args:
         lse: (B, H, S), or (H, N) of a packed call.
         out: the result, (B, S, H, D) or (N, H, D).
+        nothing: that number: +inf with FlashAttention-2, -inf with its successors.
+
+    Returns:
+        -inf for a query that sees nothing, NaN for one that met a NaN, and the lse of the others.
     """
-    blind_or_nan = out.detach()[..., 0].transpose(-1, -2) - lse  # where the lse is +inf: -inf, or NaN
-    return torch.where(lse == float("inf"), blind_or_nan, lse)
+    first = out.detach()[..., 0].transpose(-1, -2)
+    return torch.where(lse == nothing, first - lse if nothing > 0 else first + lse, lse)
 
 
 def needs_graph(*tensors: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from attn_core import (
     loading,
     plan,
     registry,
+    running,
     set_backend,
 )
 from attn_core.explanation import explain_facts
@@ -495,3 +497,76 @@ def test_threads_share_the_memory_safely():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(8)))
+
+
+class TestAKernelThatRaises:
+    def raising(self, monkeypatch, error, *, after=0):
+        calls = []
+
+        def forward(query, key, value, **options):
+            calls.append(1)
+            if len(calls) > after:
+                raise error
+            return query.clone()
+
+        spec = registry.find("native_math").spec
+        adapter = loading.load(spec)
+        monkeypatch.setitem(loading._loaded, id(spec), (spec, replace(adapter, forward=forward)))
+        call.forget()
+
+    @pytest.mark.parametrize("after", [0, 1, 2])
+    @pytest.mark.parametrize(
+        "error", [RuntimeError("launch failed"), KeyError("no kernel"), AssertionError("sm89 alone")]
+    )
+    def test_is_named_with_the_call_and_leaves_the_process_usable(self, monkeypatch, error, after):
+        q = torch.randn(1, 3, 2, 8)
+        with monkeypatch.context() as context:
+            self.raising(context, error, after=after)
+            for _ in range(after):
+                attention(q, q, q, backend="native_math")
+            with pytest.raises(
+                RuntimeError, match=r"native_math: its kernel raised .*query \(1, 3, 2, 8\).*Next: "
+            ) as raised:
+                attention(q, q, q, backend="native_math")
+        assert isinstance(raised.value, AttnError)
+        assert raised.value.__cause__ is error
+        call.forget()
+        assert attention(q, q, q, backend="native_math").isfinite().all()
+
+    def test_for_want_of_memory_is_an_error_of_memory(self, monkeypatch):
+        q = torch.randn(1, 3, 2, 8)
+        with monkeypatch.context() as context:
+            self.raising(context, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
+            with pytest.raises(
+                torch.OutOfMemoryError, match=r"native_math: .*CUDA out of memory\. Tried.*Next: a smaller"
+            ) as raised:
+                attention(q, q, q, backend="native_math")
+        assert isinstance(raised.value, AttnError)
+        call.forget()
+
+    def test_in_the_backward_that_the_core_calls(self, monkeypatch):
+        q = torch.randn(1, 3, 2, 8, requires_grad=True)
+        spec = registry.find("native_efficient").spec
+
+        def forward(query, key, value, **options):
+            return query.clone(), query.new_zeros(1, 2, 3)
+
+        def backward(*given, **options):
+            raise RuntimeError("no such kernel")
+
+        adapter = loading.Adapter(forward, backward, spec.name)
+        with pytest.raises(
+            RuntimeError, match=r"native_efficient, backward: its kernel raised RuntimeError: no such kernel"
+        ):
+            running.with_backward(adapter, q, q, q, scale=1.0).sum().backward()
+
+    def test_what_torch_says_to_itself_passes_as_it_is(self, monkeypatch):
+        class Stop(Exception):  # noqa: N818 - as torch names its own
+            pass
+
+        q = torch.randn(1, 3, 2, 8)
+        with monkeypatch.context() as context:
+            self.raising(context, Stop())
+            with pytest.raises(Stop):
+                attention(q, q, q, backend="native_math")
+        call.forget()

@@ -80,7 +80,7 @@ def by_heads(cp: ContextParallel, tensors: Sequence[torch.Tensor], spreads: Sequ
     me, places = cp.place[1], cp.ulysses
     both = list(zip(tensors, spreads, strict=True))
     parts = [
-        [tensor[:, :, spread.heads[place].start : spread.heads[place].stop].reshape(-1) for tensor, spread in both]
+        [tensor[:, :, spread.heads[place].start : spread.heads[place].stop] for tensor, spread in both]
         for place in range(places)
     ]
     sizes = [
@@ -103,7 +103,7 @@ def by_positions(cp: ContextParallel, tensors: Sequence[torch.Tensor], spreads: 
     both = list(zip(tensors, spreads, strict=True))
     parts = [
         [
-            tensor.narrow(1, sum(spread.lengths[:place]), spread.lengths[place]).reshape(-1)
+            tensor.narrow(1, sum(spread.lengths[:place]), spread.lengths[place])
             for tensor, spread in both
         ]
         for place in range(places)
@@ -118,10 +118,12 @@ def by_positions(cp: ContextParallel, tensors: Sequence[torch.Tensor], spreads: 
         batch, head_dim = tensor.shape[0], tensor.shape[3]
         repeated = sum(one.length for one in spread.heads) > spread.total
         dtype = wide(tensor.dtype) if repeated else tensor.dtype
-        whole = tensor.new_zeros(batch, spread.lengths[me], spread.total, head_dim, dtype=dtype)
+        make = tensor.new_zeros if repeated else tensor.new_empty
+        whole = make((batch, spread.lengths[me], spread.total, head_dim), dtype=dtype)
         for place, heads in enumerate(spread.heads):
             part = arrived[place][nth].view(batch, spread.lengths[me], heads.length, head_dim)
-            whole[:, :, heads.start : heads.stop] += part
+            own = whole[:, :, heads.start : heads.stop]
+            own.add_(part) if repeated else own.copy_(part)
         found.append(whole.to(tensor.dtype))
     return found
 
@@ -129,9 +131,12 @@ def by_positions(cp: ContextParallel, tensors: Sequence[torch.Tensor], spreads: 
 def _exchanged(
     cp: ContextParallel, parts: list[list[torch.Tensor]], sizes: list[list[int]]
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Send each place its flat parts, as one message; what has arrived from each place, in parts of these sizes."""
-    sending = torch.cat([part for some in parts for part in some])
+    """Send each place its parts, as one message; what has arrived from each place, in flat parts of these sizes."""
+    counts = [part.numel() for some in parts for part in some]
+    sending = parts[0][0].new_empty(sum(counts))
+    for room, part in zip(sending.split(counts), (part for some in parts for part in some), strict=True):
+        room.view(part.shape).copy_(part)
     arrived = communication.all_to_all(
-        cp, sending, [sum(map(len, some)) for some in parts], [sum(some) for some in sizes]
+        cp, sending, [sum(part.numel() for part in some) for some in parts], [sum(some) for some in sizes]
     )
     return [message.split(some) for message, some in zip(arrived, sizes, strict=True)]

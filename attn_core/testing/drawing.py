@@ -56,7 +56,7 @@ CHOICES: dict[str, Sequence[Any]] = {
         *(("attn_mask",), ("query", "attn_mask"), ("query", "key", "value", "attn_mask")),
     ),
     "layouts": ("contiguous", "transposed", "sliced", "last strided", "expanded batch", "expanded keys", "offset"),
-    "grad_layout": ("contiguous", "expanded", "transposed", "last strided"),
+    "grad_layout": ("contiguous", "expanded", "transposed", "last strided", "offset"),
     "mask_layout": ("contiguous", "sliced", "transposed", "expanded", "last strided"),
     "autocast": (None,) * 9 + ("bfloat16", "float16"),
     "mode": (*("grad",) * 7, "no_grad", "inference"),

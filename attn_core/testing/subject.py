@@ -84,7 +84,9 @@ FACTORS: Mapping[str, tuple[Fragment, ...]] = {
     "gradients": tuple(
         {"gradients": names} for names in ((), _ALL, ("query",), ("key",), ("value",), (*_ALL, "attn_mask"), ("attn_mask",))
     ),
-    "grad_layout": tuple({"grad_layout": layout} for layout in ("contiguous", "expanded", "transposed", "last strided")),
+    "grad_layout": tuple(
+        {"grad_layout": layout} for layout in ("contiguous", "expanded", "transposed", "last strided", "offset")
+    ),
     "deterministic": ({"deterministic": False}, {"deterministic": True}),
     "layouts": tuple(
         {"layouts": (layout,) * 3}

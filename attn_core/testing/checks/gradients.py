@@ -19,7 +19,7 @@ def gradients(subject: Subject) -> str:
     each = [
         {"gradients": names, "grad_layout": layout}
         for names in (ALL, ("query",), ("key",), ("value",), ("key", "value"))
-        for layout in ("contiguous", "expanded", "transposed", "last strided", "sliced", "expanded batch")
+        for layout in ("contiguous", "expanded", "transposed", "last strided", "sliced", "expanded batch", "offset")
     ]
     varied = ("mask", "causal", "window_size", "heads", "scale", "lengths", "dims", "dtype", "return_lse")
     cases = subject.draw(40, *varied, each=each, where=lambda case: bool(case.gradients))

@@ -68,10 +68,10 @@ def _accumulated_backwards(subject: Subject) -> int:
 
 @check("nan-and-inf")
 def nan_and_inf(subject: Subject) -> str:
-    """NaN and infinity in what a query sees come through; they are never hidden."""
+    """NaN and infinity in what a query sees come through, a NaN in scores into the lse too; they are never hidden."""
     bads = (("value", torch.nan), ("value", torch.inf), ("value", -torch.inf), ("key", torch.nan), ("query", torch.nan))
     each = [{"layouts": ("contiguous",) * 3}]
-    cases = subject.draw(10, "mask", "causal", "window_size", "lengths", "heads", "dtype", each=each)
+    cases = subject.draw(10, "mask", "causal", "window_size", "lengths", "heads", "dtype", "return_lse", each=each)
     tries = 0
     for case in cases:
         for name, bad in bads:
@@ -86,6 +86,11 @@ def nan_and_inf(subject: Subject) -> str:
             if bool(hit.isfinite().any()):
                 msg = f"{bad} in {name} row {row} gives finite results where it is seen, in {case!r}"
                 raise CheckFailed(msg)
+            if name != "value" and len(found) == 2:
+                of_lse = _what_sees(built, case.heads, name, row, found[1].transpose(1, 2).unsqueeze(3))
+                if not bool(of_lse.isnan().all()):
+                    msg = f"{bad} in {name} row {row} is not in the lse of what sees it, in {case!r}"
+                    raise CheckFailed(msg)
     return f"{tries} calls"
 
 

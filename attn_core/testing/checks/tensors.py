@@ -28,6 +28,7 @@ def strides(subject: Subject) -> str:
         for first, second, third, grad in (
             ("transposed", "contiguous", "sliced", "expanded"), ("last strided", "offset", "transposed", "last strided"),
             ("contiguous", "expanded keys", "last strided", "transposed"), ("offset", "sliced", "expanded batch", "contiguous"),
+            ("contiguous", "contiguous", "contiguous", "offset"),
         )
     ]  # fmt: skip
     return subject.hold(subject.draw(22, "lengths", "dims", "dtype", "mask", "return_lse", "gradients", each=each))

@@ -1,16 +1,24 @@
 """Adapter of flash-attn 3 (``flash_attn_interface``), written against hopper/ of flash-attention at commit 0251105a2fb1.
 
-Its forward and backward are operators of their own, which trace. lse is natural, and -inf where a query sees nothing.
+Its forward and backward are operators of their own, which trace. lse is natural, and -inf both for a query that sees nothing and
+for one that met a NaN; +inf where no sequence of a packed call has a key.
+
+It makes descriptors of its tensors before anything that would give a new thread the context of the GPU, and a thread without
+one ends the process; so this adapter gives it to each thread at its first call.
 """
 
 from __future__ import annotations
 
+import threading
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from flash_attn_interface import _flash_attn_backward, flash_attn_func, flash_attn_varlen_func
 
+from attn_core.masks import traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
+from attn_core.shaping import natural_lse
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -80,11 +88,17 @@ class _Kernel:
             "deterministic": options.deterministic,
             "return_attn_probs": return_lse,
         }
+        if query.is_cuda and not hasattr(_THREAD, "has_context") and not traced(query):
+            torch.cuda.mem_get_info()
+            _THREAD.has_context = True
         if starts is None:
             found = flash_attn_func(query, key, value, **given)
         else:
             found = flash_attn_varlen_func(query, key, value, *starts, **given)
-        return found if return_lse else (found, None)
+        if not return_lse:
+            return found, None
+        out, lse = found
+        return out, natural_lse(lse, out, float("inf") if key.shape[0] == 0 else float("-inf"))
 
     def backward(
         self,
@@ -109,4 +123,16 @@ class _Kernel:
         return grads
 
 
+def _check_library() -> None:
+    """It has one version number for all its commits."""
+    if "return_attn_probs" not in signature(flash_attn_func).parameters:
+        msg = (
+            "flash_attn_interface is of an early flash-attn 3, whose flash_attn_func takes no return_attn_probs; accepted: "
+            "hopper/ of flash-attention since that argument came. Next: build it anew from https://github.com/Dao-AILab/flash-attention"
+        )
+        raise ImportError(msg)
+
+
+_check_library()
+_THREAD = threading.local()
 KERNEL = _Kernel()

@@ -2,7 +2,7 @@
 
 What its public functions call is called: they would make a graph of their own, which costs as much as this adapter. It can't be
 traced, so in traced code two operators made here stand for it. An unlimited side of a window is None there, -1 being a number.
-lse is natural, and -inf where a query sees nothing.
+lse is natural, and -inf both for a query that sees nothing and for one that met a NaN.
 
 Its tiles of keys read on beyond a packed sequence, and what they read there is weighed with 0, which leaves NaN what it is. So
 key padding is not packed: the kept keys of a sequence go to its front, and ``seqused_k`` says how many they are.
@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from attn_core.masks import KeyPadding, traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
 from attn_core.packing import Front, front, keeps_diagonals
+from attn_core.shaping import natural_lse
 
 _shows_errors = sys.excepthook
 with warnings.catch_warnings():  # its language sets filters, and a hook of its own for what nobody catches
@@ -153,6 +154,7 @@ def _check_library() -> None:
 
 
 _check_library()
+_NOTHING = float("-inf")
 KERNEL = _Kernel()
 
 
@@ -189,8 +191,8 @@ def _run(
         given |= starts._asdict()
     elif lengths is not None:
         given["seqused_k"] = lengths
-    found = _flash_attn_fwd(query, key, value, **given)
-    return found[0], found[1]
+    out, lse = _flash_attn_fwd(query, key, value, **given)[:2]
+    return out, natural_lse(lse, out, _NOTHING) if return_lse else None
 
 
 def _run_backward(

@@ -258,6 +258,49 @@ def test_flash_2_is_never_given_the_lse_of_a_blind_query_as_it_is():
     assert not grads[0][:, :2].any()
 
 
+STANDINS = ["flash_standin", "flash_3_standin", "flash_4_standin"]
+
+
+@pytest.mark.parametrize("name", STANDINS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_that_can_not_be_read_16_bytes_at_a_time_are_copied(name, packed):
+    tensors = [half(1, 5, 2, 16).requires_grad_() for _ in range(3)]
+    mask = Packed(*torch.tensor([[0, 2, 5]] * 2, dtype=torch.int32)) if packed else None
+    for grad in (half(1, 5, 2, 19)[..., 3:], half(163)[3:].view(1, 5, 2, 16), half(1).expand(1, 5, 2, 16)):
+        found, expected = (
+            torch.autograd.grad(attention(*tensors, attn_mask=mask, backend=backend), tensors, grad)
+            for backend in (name, "native_math")
+        )
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("name", STANDINS)
+def test_a_nan_is_in_the_lse_and_nothing_is_minus_infinity(name):
+    query, key = half(1, 4, 2, 16), half(1, 3, 2, 16)
+    query[0, 2, 1, 0] = torch.nan
+    out, lse = attention(query, key, key, causal=True, return_lse=True, backend=name)
+    assert lse[0, 1, 2].isnan()
+    assert (lse[0, :, 0] == -torch.inf).all()
+    assert int(lse.isfinite().sum()) == 5
+    assert out[0, 2, 1].isnan().all()
+
+
+@pytest.mark.parametrize("name", STANDINS)
+def test_without_any_key_the_lse_is_minus_infinity(name):
+    query = half(2, 4, 2, 16)
+    hidden = KeyPadding(torch.zeros(2, 4, dtype=torch.bool))
+    out, lse = attention(query, query, query, attn_mask=hidden, return_lse=True, backend=name)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+def test_an_early_flash_3_is_told_apart(site):
+    early = {
+        "flash_attn_interface.py": "def flash_attn_func(q, k, v): ...\nflash_attn_varlen_func = _flash_attn_backward = None"
+    }
+    assert "takes no return_attn_probs" in loaded(site, "attn_flash.flash_3", early)
+
+
 def test_flash_2_is_not_told_that_every_sequence_has_one_query():
     query, key = half(1, 2, 2, 16), half(1, 6, 2, 16)
     starts = torch.tensor([[0, 0, 1, 2], [0, 2, 4, 6]], dtype=torch.int32)

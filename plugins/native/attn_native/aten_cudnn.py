@@ -89,7 +89,7 @@ def forward(  # noqa: C901 - functions of its parts would cost more than they do
     if graph and not traced:
         # torch reuses its cuDNN backward by the strides of query, key and value alone; a gradient of other strides than
         # the first one's would be read wrongly
-        out.register_hook(torch.Tensor.contiguous)
+        out.register_hook(_dense)
     if width % 8:
         out = out[..., :width]
     return (out, result[1].reshape(result[1].shape[:3])) if return_lse else out

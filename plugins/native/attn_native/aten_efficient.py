@@ -97,6 +97,8 @@ def forward(
     )[:2]
     if width % 8:
         out = out[..., :width]
+    if out.requires_grad:
+        out.register_hook(aligned)
     if not return_lse:
         return out
     lse = lse[..., :queries]

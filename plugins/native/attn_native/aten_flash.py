@@ -79,6 +79,8 @@ def forward(
         )[:2]
     if padded and value.shape[3] != width:
         out = out[..., :width]
+    if out.requires_grad:
+        out.register_hook(aligned)
     return (out, natural_lse(lse, out)) if return_lse else out
 
 

@@ -94,9 +94,10 @@ def forward(
         and (not causal or query.shape[1] == key.shape[1])
         and (not query.is_cpu or _enough_keys(key))
     ):  # the plain call, first and at no cost
-        return _sdpa(
+        out = _sdpa(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, dropout_p, causal, scale=scale
         ).transpose(1, 2)
+        return _with_readable_gradient(out) if query.is_cuda and out.requires_grad else out
     if not torch.compiler.is_dynamo_compiling() and type(key.shape[1]) is int:  # it would bind the graph to the lengths
         causal, window_size = narrowed(query.shape[1], key.shape[1], causal=causal, window_size=window_size)
     if scale <= 0.0:
@@ -109,9 +110,16 @@ def forward(
         mask = _readable_mask(cast("torch.Tensor", near), key.shape[1])
     if return_lse:
         out, lse = _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
-        return out, lse if far is None else lse + far
+        return _with_readable_gradient(out), lse if far is None else lse + far
     out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
-    return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
+    return _with_readable_gradient(out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0))
+
+
+def _with_readable_gradient(out: torch.Tensor) -> torch.Tensor:
+    """The same result, whose gradient SDPA's kernels for a GPU can read: they do not look, as with query and key."""
+    if out.is_cuda and out.requires_grad:
+        out.register_hook(aligned)
+    return out
 
 
 def readable(tensor: torch.Tensor) -> torch.Tensor:

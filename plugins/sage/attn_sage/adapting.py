@@ -23,7 +23,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from attn_core.masks import traced
-from attn_sage.inputs import check_sizes, divide, missing_keys, on_default_stream, on_device, padded, share_of, smooth
+from attn_sage.inputs import (
+    check_sizes,
+    counts_others,
+    divide,
+    fitted,
+    hide,
+    missing_keys,
+    on_default_stream,
+    on_device,
+    padded,
+    share_of,
+    smooth,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,19 +111,20 @@ def _computed(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     missing = missing_keys(kernel.block, key.shape[1], causal=causal)
+    divided = not causal and counts_others(key.shape[1], keep, missing)
+    if divided:
+        value, power = fitted(value if keep is None else hide(value, keep))
     smoothed = smooth(query, key, keep, missing)
     taken = _taken(query, smoothed.mean) * scale if return_lse else None
     if scale < 0:
         query, scale = -query, -scale
-    inputs = padded(query, smoothed.key, value, keep, missing, causal=causal)
+    inputs = padded(query, smoothed.key, value, missing, causal=causal)
     out, lse = kernel(*inputs, scale, causal, return_lse)
-    share = None
     if causal:
         out, lse = out[:, : query.shape[1]].contiguous(), lse[..., : query.shape[1]].contiguous()
-    else:
+    if divided:
         share = share_of(inputs[2], key.shape[1], keep, lambda ones: kernel(*inputs[:2], ones, scale, causal, False)[0])
-    if share is not None:
-        out = divide(out, share)
+        out = divide(out, share, power)
         lse = lse + share[..., 0].transpose(1, 2).float().log() if return_lse else lse
     if kernel.smooths or kernel.float8:  # and so hides what ``smooth`` put there
         nothing = smoothed.nothing.sum(-1)[:, None, :, None, None]

@@ -19,7 +19,18 @@ import torch
 from sageattention import sageattn
 
 from attn_core.masks import traced
-from attn_sage.inputs import check_sizes, divide, missing_keys, on_device, padded, share_of, smooth
+from attn_sage.inputs import (
+    check_sizes,
+    counts_others,
+    divide,
+    fitted,
+    hide,
+    missing_keys,
+    on_device,
+    padded,
+    share_of,
+    smooth,
+)
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
@@ -62,13 +73,16 @@ def _attend(
     check_sizes(NAME, query, key, value)
     with on_device(query), torch.no_grad():
         missing = missing_keys(BLOCK, key.shape[1], causal=causal)
-        inputs = padded(query, smooth(query, key, keep, missing).key, value, keep, missing, causal=causal)
+        divided = not causal and counts_others(key.shape[1], keep, missing)
+        if divided:
+            value, power = fitted(value if keep is None else hide(value, keep))
+        inputs = padded(query, smooth(query, key, keep, missing).key, value, missing, causal=causal)
         out = _kernel(*inputs, scale, causal)
         if causal:
             return out[:, : query.shape[1]].contiguous()
-        share = share_of(inputs[2], key.shape[1], keep, lambda ones: _kernel(*inputs[:2], ones, scale, causal))
-        if share is not None:
-            out = divide(out, share)
+        if divided:
+            share = share_of(inputs[2], key.shape[1], keep, lambda ones: _kernel(*inputs[:2], ones, scale, causal))
+            out = divide(out, share, power)
     return out
 
 

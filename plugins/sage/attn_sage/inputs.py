@@ -159,28 +159,45 @@ def padded(
     query: torch.Tensor,
     smoothed: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor | None,
     missing: int,
     *,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inputs of a kernel, laid out as it insists on: with as many values as smooth keys, with causal queries too."""
-    value = _longer(value if keep is None else hide(value, keep), missing)
-    return unit_stride(_longer(query, missing) if causal else query), smoothed, unit_stride(value)
+    return unit_stride(_longer(query, missing) if causal else query), smoothed, unit_stride(_longer(value, missing))
 
 
 def _longer(tensor: torch.Tensor, missing: int) -> torch.Tensor:
     return pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
 
 
+def counts_others(keys: int, keep: torch.Tensor | None, missing: int) -> bool:
+    """Whether the kernel counts so many keys that are not real, with a score of 0, that its result has to be divided.
+
+    The mean of smoothed scores is 0, so that the exponentials of ``keys`` of them add up to no less than their number
+    (Jensen), and each padded key adds 1.
+    """
+    return keep is not None or missing > NEGLIGIBLE * keys
+
+
+def fitted(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values times a power of two that brings the largest of a head to some 8,000, and that power, (B, 1, Hkv, 1) in float32.
+
+    A result that is to be divided by a small share is small itself, and in float16 would have no digits left.
+    """
+    largest = value.abs().amax((1, 3), keepdim=True).float()
+    power = torch.exp2(torch.floor(13.0 - torch.log2(largest))).clamp(2.0**-100, 2.0**100)
+    power = torch.where(largest.isfinite() & (largest > 0.0), power, 1.0)
+    return (value.float() * power).to(value.dtype), power
+
+
 def share_of(
     value: torch.Tensor, keys: int, keep: torch.Tensor | None, weigh: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """Which share of the probabilities is that of real keys, (B, Sq, Hq, D), where others were counted with a score of 0.
 
-    It is what the kernel returns for values of 1 where keys are real. None where it is 1 but for a negligible error: the
-    mean of smoothed scores is 0, so that the exponentials of ``keys`` of them add up to no less than their number (Jensen),
-    and each padded key adds 1. For the same reason the largest real score is never far below the others' 0.
+    It is what the kernel returns for values of 1 where keys are real. The largest real score is never far below the
+    others' 0, for the reason that ``counts_others`` has.
 
     Args:
         value: as the kernel was given it, padded.
@@ -189,16 +206,15 @@ def share_of(
         weigh: the kernel, for the same queries and keys and other values.
     """
     missing = value.shape[1] - keys
-    if keep is None and missing <= NEGLIGIBLE * keys:
-        return None
     real = value.new_ones(1, keys) if keep is None else keep.to(value.dtype)
     ones = pad(real, (0, missing))[:, :, None, None].expand(-1, -1, 1, value.shape[3]).contiguous()
     return weigh(ones.expand(value.shape))
 
 
-def divide(out: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """The result for real keys alone; 0 for a query that sees none."""
-    return torch.where(share != 0, out / share, 0.0)
+def divide(out: torch.Tensor, share: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+    """The result for real keys alone and for values without their power of two; 0 for a query that sees none."""
+    power = power.repeat_interleave(out.shape[2] // power.shape[2], 2)
+    return torch.where(share != 0, out.float() / share.float() / power, 0.0).to(out.dtype)
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,21 @@ def test_a_sequence_of_padding_alone_is_zero_and_its_neighbours_are_not(forward)
     assert out[1].any()
 
 
+@pytest.mark.parametrize("forward", [first.forward, second.automatic, second.fp16_cuda, second.fp8_cuda])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_few_keys_among_many_keep_small_values_in_float16(forward, size):
+    query, key, value = (
+        drawn(1, length, heads, 64, seed=n) for n, (length, heads) in enumerate([(4, 2), (4096, 1), (4096, 1)])
+    )
+    value = torch.cat([value * size, value * size * 4096], 2)  # of two heads
+    key = key.expand(-1, -1, 2, -1)
+    padding = KeyPadding(torch.arange(4096)[None] < 2)
+    out = forward(query, key, value, scale=0.125, attn_mask=padding)
+    expected, _ = reference(query, key, value, scale=0.125, attn_mask=padding)
+    for head in range(2):
+        assert off(out[:, :, head], expected[:, :, head]) < 0.03
+
+
 @pytest.mark.parametrize("forward", [second.automatic, second.fp8_cuda, second.fp8_sm90])
 def test_a_channel_of_zeros_stays_zero_in_float8(forward):
     query, key, value = tensors(keys=128)

@@ -1,7 +1,7 @@
 """Stands in for flash-attn 3 (hopper/ at commit 0251105a2fb1) on a CPU, with its signatures and conventions.
 
-lse is natural, (B, H, S) or (H, N), and -inf where a query sees nothing, which its backward takes as well. Its operators have
-argument names of their own (``sequed_q``, ``is_causal``).
+lse is natural, (B, H, S) or (H, N), and -inf where a query sees nothing, which its backward takes as well, and where it meets
+a NaN; without any key in a packed call it is +inf. Its operators have argument names of their own (``sequed_q``, ``is_causal``).
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def _flash_attn_forward(
     CALLS.append((cu_seqlens_q is not None, tuple(q.shape), tuple(k.shape)))
     left, right = _sides(window_size_left, window_size_right, causal, *longest)
     out, lse = plain_attention.whole_forward(q, k, v, *starts, False, left, right, softmax_scale, softcap)
+    lse = lse.fill_(torch.inf) if k.shape[0] == 0 else lse.masked_fill(lse.isnan(), -torch.inf)
     return out, lse, q.new_empty(0), q.new_empty(0)
 
 

@@ -1,6 +1,7 @@
 """The functions of ``flash_attn.cute.interface`` that the adapter uses. An unlimited side is None; -1 is the key before.
 
-Keys, and in the backward queries too, are read in whole tiles, beyond the end of a packed sequence.
+The lse is -inf both for a query that sees nothing and for one that meets a NaN. Keys, and in the backward
+queries too, are read in whole tiles, beyond the end of a packed sequence.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def _flash_attn_fwd(
         out, lse = plain_attention.whole_forward(
             q, k, v, *starts, causal, *window_size, softmax_scale, softcap, used=seqused_k, tile=TILE
         )
+        lse = lse.masked_fill(lse.isnan(), -torch.inf)
     requires_grad = any(item.requires_grad for item in (q, k, v))
     return out, lse if return_lse or requires_grad else None, None, None, None
 
