@@ -15,7 +15,7 @@ from attn_core.masks import Description, KeyPadding
 from attn_core.options import dropout_of, scale_of, softcap_of, window_of
 from attn_core.parallel import scope
 from attn_core.reading import autocast_dtype, check_mask, check_raised, check_tensors, default_scale, has_tangent, read
-from attn_core.running import KERNELS_RAISE, check_result, failure, runner
+from attn_core.running import KERNELS_RAISE, check_result, raise_failure, runner
 from attn_core.traced import traced_attention
 
 if TYPE_CHECKING:
@@ -252,10 +252,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
         check_mask(attn_mask, query, key)
         check_raised(error, query, key, value, attn_mask)
-        failed = failure(name, error, query, key, value)
-        if failed is None:
-            raise
-        raise failed from error
+        raise_failure(name, error, query, key, value)
 
 
 # --- parts of the key -------------------------------------------------------------------------------------------------
@@ -351,10 +348,7 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
         result = run(query, key, value, scale=call.options["scale"], **brought)
     except KERNELS_RAISE as error:
         check_raised(error, query, key, value, options["attn_mask"])
-        failed = failure(admitted.row.name, error, query, key, value)
-        if failed is None:
-            raise
-        raise failed from error
+        raise_failure(admitted.row.name, error, query, key, value)
     if compiled is not None:
         warming.note(compiled, warming.FORWARD)
     check_result(admitted.row.name, result, query, value, call)
@@ -423,26 +417,35 @@ class Plan(Protocol):
         """Compute. ``attn_mask=`` replaces the mask of the plan by another of the same kind."""
 
 
-def _planned(run: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _planned(name: str, run: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     """Run with these options and no others; the commonest kinds of call without the cost of unpacking them."""
     if options.keys() == {"scale"}:
         scale = options["scale"]
 
         def plan_without_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
-            return run(query, key, value, scale=scale)
+            try:
+                return run(query, key, value, scale=scale)
+            except KERNELS_RAISE as error:
+                raise_failure(name, error, query, key, value)
 
         return _named(plan_without_mask)
     if "attn_mask" not in options:
 
         def plan_without_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
-            return run(query, key, value, **options)
+            try:
+                return run(query, key, value, **options)
+            except KERNELS_RAISE as error:
+                raise_failure(name, error, query, key, value)
 
         return _named(plan_without_mask)
     others = {name: option for name, option in options.items() if name != "attn_mask"}
     mask = options["attn_mask"]
 
     def plan_with_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: Any = mask) -> Any:
-        return run(query, key, value, attn_mask=attn_mask, **others)
+        try:
+            return run(query, key, value, attn_mask=attn_mask, **others)
+        except KERNELS_RAISE as error:
+            raise_failure(name, error, query, key, value)
 
     return _named(plan_with_mask)
 
@@ -498,7 +501,7 @@ def plan(
     }  # fmt: skip
     admitted, call = resolve(query, key, value, options, backend)
     compiled = _compiled_kind(admitted, call, query)
-    planned: Any = _planned(_runner(admitted, call, compiled), call.options)
+    planned: Any = _planned(admitted.row.name, _runner(admitted, call, compiled), call.options)
     if compiled is not None and not (call.facts.vmap or call.facts.forward_mode):
         result = warming.warm_up(planned, compiled, query, key, value, call.options.get("attn_mask"))
         if result is not None:

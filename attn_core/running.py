@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -39,26 +39,28 @@ KERNELS_RAISE = (
 """What a kernel's own failure is. Others, as torch's signals to itself, pass as they are."""
 
 
-def failure(name: str, error: Exception, query: Any, key: Any, value: Any) -> KernelFailed | None:
-    """What to raise instead of what a backend raised: the same with the backend, the call and what to do.
+def raise_failure(name: str, error: Exception, query: Any, key: Any, value: Any) -> NoReturn:
+    """Raise what a backend raised, with the backend, the call and what to do.
 
-    None where it is to pass as it is: a refusal, and in traced code, whose tracer may wait for its own errors.
+    A refusal passes as it is, and so does anything in traced code, whose tracer may wait for its own errors.
     """
     if isinstance(error, AttnError) or traced(query, key, value):
-        return None
+        raise error
     shown = ", ".join(
         f"{label} {tuple(tensor.shape)}" for label, tensor in (("query", query), ("key", key), ("value", value))
     )
     call = f"{shown}, {str(query.dtype).removeprefix('torch.')} on {query.device}"
     if isinstance(error, torch.OutOfMemoryError):
-        return KernelOutOfMemory(
+        msg = (
             f"{name}: its kernel found no memory for {call}: {error}. Next: a smaller batch or shorter sequences, or a backend "
             "that needs less, such as a fused one where this one writes scores out"
         )
-    return KernelFailed(
+        raise KernelOutOfMemory(msg) from error
+    msg = (
         f"{name}: its kernel raised {one_line(error)}; the call: {call}. Next: name another backend (attn explain shows which "
         "take the call), and report it to the authors of the wheel if it should"
     )
+    raise KernelFailed(msg) from error
 
 
 def runner(name: str, adapter: Adapter, call: Call, *, own_graph: bool, once: No | None = None) -> Callable[..., Any]:
@@ -220,10 +222,7 @@ def _differentiated(adapter: Adapter, grad_out: Any, query: Any, key: Any, value
     try:
         return backward(grad_out, query, key, value, *others, **options)
     except KERNELS_RAISE as error:
-        failed = failure(f"{adapter.name}, backward", error, query, key, value)
-        if failed is None:
-            raise
-        raise failed from error
+        raise_failure(f"{adapter.name}, backward", error, query, key, value)
 
 
 def with_backward(adapter: Adapter, query: Any, key: Any, value: Any, **options: Any) -> Any:

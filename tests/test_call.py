@@ -533,6 +533,18 @@ class TestAKernelThatRaises:
         call.forget()
         assert attention(q, q, q, backend="native_math").isfinite().all()
 
+    @pytest.mark.parametrize("options", [{}, {"causal": True}, {"attn_mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)}])
+    def test_in_a_plan_is_named_too(self, monkeypatch, options):
+        q = torch.randn(1, 3, 2, 8)
+        with monkeypatch.context() as context:
+            self.raising(context, RuntimeError("launch failed"))
+            planned = plan(q, q, q, backend="native_math", **options)
+            with pytest.raises(
+                RuntimeError, match=r"native_math: its kernel raised RuntimeError: launch failed.*Next: "
+            ):
+                planned(q, q, q)
+        call.forget()
+
     def test_for_want_of_memory_is_an_error_of_memory(self, monkeypatch):
         q = torch.randn(1, 3, 2, 8)
         with monkeypatch.context() as context:
