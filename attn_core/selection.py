@@ -173,7 +173,10 @@ class use_backend:  # noqa: N801 - a context manager reads as a verb
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
-            if trace.enter(self.names):
+            noted = trace.enter(self.names)
+            if noted is None:
+                raise BackendNotUsable(trace.IN_GENERATOR)
+            if noted:
                 traced_scopes.append((self.names, trace.number()))
             return
         self._opened.append(open_scope(check(self.names), self))

@@ -24,6 +24,12 @@ _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
 _traces = count(1)
 
 
+IN_GENERATOR = (
+    "use_backend: found opened in a generator inside compiled code, which torch before 2.7 traces to its end before what runs "
+    "beside it; accepted there: scopes opened outside of the generator, or backend= in its calls"
+)
+
+
 def _nowhere() -> None:
     """What is called in place of a weak reference where a scope lies in no generator."""
 
@@ -37,17 +43,24 @@ class _Opened(NamedTuple):
 
 
 def number() -> int:
-    """A number for what Dynamo is tracing just now."""
-    context: Any = torch._guards.TracingContext.get()
+    """A number for what Dynamo is tracing just now; 0 where it only says so, as torch 2.6 does after a graph break."""
+    context: Any = torch._guards.TracingContext.try_get()
+    if context is None:
+        return 0
     if not hasattr(context, "attn_trace"):
         context.attn_trace = next(_traces)
     found: int = context.attn_trace
     return found
 
 
-def enter(names: Any) -> bool:
-    """Begin a scope of this trace. Whether it has to be noted outside the trace too, since a graph break may leave it open."""
+def enter(names: Any) -> bool | None:
+    """Begin a scope of this trace. Whether it has to be noted outside the trace too, since a graph break may leave it open.
+
+    None where it can't begin: in a generator on torch 2.6, which traces the whole of it before what goes on beside it.
+    """
     generator = _generator()
+    if generator is not None and not hasattr(torch._dynamo.config, "enable_faithful_generator_behavior"):
+        return None
     noted = generator is None and not _in_body()
     _opened().append(_Opened(names, _nowhere if generator is None else ref(generator), noted))
     return noted
@@ -75,7 +88,9 @@ def innermost() -> tuple[str, Any]:
 
 
 def _opened() -> list[_Opened]:
-    context: Any = torch._guards.TracingContext.get()
+    context: Any = torch._guards.TracingContext.try_get()
+    if context is None:
+        return []
     if not hasattr(context, "attn_opened"):
         context.attn_opened = []
     found: list[_Opened] = context.attn_opened

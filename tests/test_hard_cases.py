@@ -11,7 +11,18 @@ import torch
 from old_torch import follows_scopes
 from torch.utils.checkpoint import checkpoint
 
-from attn_core import AttnError, CallRefused, KeyPadding, attention, bind, explain, registry, selection, use_backend
+from attn_core import (
+    AttnError,
+    BackendNotUsable,
+    CallRefused,
+    KeyPadding,
+    attention,
+    bind,
+    explain,
+    registry,
+    selection,
+    use_backend,
+)
 from attn_core.integrations.transformers import attention_forward
 from attn_core.plugin import BackendSpec, CapabilityRange, Constraints, DeclarationError, Facts, Rule
 from attn_core.running import with_backward
@@ -56,7 +67,7 @@ def test_a_generator_that_compiled_code_breaks_off_leaves_no_scope_behind():
     for _ in range(3):
         try:
             assert number_of(call(Q)) == 1
-        except torch._dynamo.exc.Unsupported:  # torch 2.14
+        except (torch._dynamo.exc.Unsupported, BackendNotUsable):  # torch 2.14, and 2.6
             pytest.skip("this torch compiles no function that leaves a generator suspended")
         finally:
             assert not selection.traced_scopes
@@ -78,8 +89,10 @@ def test_a_call_beside_a_suspended_generator_in_compiled_code_is_refused_or_righ
     try:
         assert number_of(compiled(beside)(Q)) == (0 if broken_off else 1)
     except AttnError as error:
-        assert "a suspended generator" in str(error)  # noqa: PT017
+        assert "a suspended generator" in str(error) or torch.__version__ < (2, 7)  # noqa: PT017
     assert not selection.traced_scopes
+    if torch.__version__ < (2, 7):
+        return
     assert number_of(compiled(lambda query: sum(steps(query)), fullgraph=True)(Q)) == 6
 
 
@@ -94,7 +107,10 @@ def test_a_scope_of_contextmanager_is_followed_in_compiled_code():
             inside = attention(query, query, query)
         return inside, attention(query, query, query, backend="beta")
 
-    assert [number_of(out) for out in compiled(scoped)(Q)] == [1, 2]
+    try:
+        assert [number_of(out) for out in compiled(scoped)(Q)] == [1, 2]
+    except BackendNotUsable:  # torch 2.6 leaves compiled code for it
+        assert torch.__version__ < (2, 7)
     assert not selection.traced_scopes
 
 
