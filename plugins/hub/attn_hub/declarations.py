@@ -1,7 +1,6 @@
 """The declarations of this wheel. None imports torch.
 
-Written against huggingface/kernels-community (flash-attn3 at 31ec5e6, aiter-flash-attn-ck at 6c4c719) and the sources of the
-libraries that its kernels are built from.
+What each was written against is in ``repositories``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from attn_core.plugin import Approximate, BackendSpec, Backward, Constraints, Co
 from attn_hub.repositories import REPOSITORIES
 
 _NEEDS = Needs(extra="hub")
-_UNTRIED = "loaded from the hub it was never tried{}; tried over a stand-in in the hub's format"
+_UNTRIED = "written against {}; loaded from the hub it was never tried{}; tried over a stand-in in the hub's format"
 _NO_MASK = No("flash-attention takes no mask; native, native_efficient and flex do")
 _NOT_YET = No("not tried of a hub build; flash has it")
 _SQUARE_ONLY = Rule(
@@ -63,7 +62,8 @@ def _hub(name: str, summary: str, module: str, constraints: Any, **others: Any) 
         needs=_NEEDS,
         constraints=constraints,
         unverified=_UNTRIED.format(
-            ", at its pinned commit neither" if REPOSITORIES[name].revision else ", and the user pins it"
+            REPOSITORIES[name].source,
+            ", at its pinned commit neither" if REPOSITORIES[name].revision else ", and the user pins it",
         ),
         compile=True,
         **others,
@@ -154,7 +154,7 @@ SAGE_HUB = _hub(
     "SageAttention 2, approximate",
     "sage",
     Constraints(
-        compute_capability={(8, 0), (8, 9), (9, 0), (12, 0), (12, 1)},
+        compute_capability={(8, 0), (8, 9), (9, 0)},  # 12.0 would be given kernels that are built for 8.9 alone
         head_dims=range(1, 129),
         masks={
             "none": True,
@@ -178,7 +178,7 @@ SAGE_BLACKWELL = _hub(
     "SageAttention 3 in float4, approximate",
     "sage_blackwell",
     Constraints(
-        compute_capability={(10, 0), (12, 0)},
+        compute_capability={(12, 0)},
         head_dims={64, 128},
         masks={"none"},
         causal=True,
@@ -189,5 +189,6 @@ SAGE_BLACKWELL = _hub(
         **_SAGE,
     ),
     numerics=Approximate(0.2, scores=1.5),
+    first_call_compiles=True,
     context_parallel=_ULYSSES,
 )

@@ -102,9 +102,9 @@ def loaded(name: str) -> ModuleType:
 
 def _kept(name: str, pin: Pin, *, download: bool) -> ModuleType:
     commit = _load(name, pin, _commit_of)
-    module = _fetched[name] = _load(name, pin, _locked if pin.lockfile else _at_revision, download=download)
+    _fetched[name] = _load(name, pin, _locked if pin.lockfile else _at_revision, download=download)
     _commits[name] = commit
-    return module
+    return _fetched[name]
 
 
 def _own_name(name: str) -> str:

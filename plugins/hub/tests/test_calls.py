@@ -11,6 +11,7 @@ import torch
 from attn_core import KeyPadding, Packed, attention
 from attn_core.facts import Facts
 from attn_hub import declarations, fetching
+from attn_hub.plugin import attn_backends
 
 FLASH = ("flash_hub", "flash_3_hub", "flash_4_hub")
 ALL = (*FLASH, "aiter_hub")
@@ -179,6 +180,10 @@ SMALL_BLACKWELL = {**HOPPER, "compute_capability": (12, 0)}
             {**HOPPER, "head_dim": 256, "causal": True, "mask": "key_padding"},
             "head dims above 248 exclude key padding together with causal",
         ),
+        (declarations.SAGE_HUB, HOPPER, None),
+        (declarations.SAGE_HUB, SMALL_BLACKWELL, "compute capability"),
+        (declarations.SAGE_BLACKWELL, SMALL_BLACKWELL, None),
+        (declarations.SAGE_BLACKWELL, {**SMALL_BLACKWELL, "compute_capability": (10, 0)}, "compute capability"),
         (declarations.AITER, INSTINCT, None),
         (declarations.AITER, {**INSTINCT, "compute_capability": (9, 5)}, None),
         (declarations.AITER, {**INSTINCT, "compute_capability": (9, 0)}, "compute capability"),
@@ -189,3 +194,41 @@ SMALL_BLACKWELL = {**HOPPER, "compute_capability": (12, 0)}
 def test_declarations_say_what_the_builds_take(spec, facts, reason):
     reasons = spec.reasons(Facts(**facts))
     assert not reasons if reason is None else reason in str(reasons)
+
+
+# --- sageattention 3 --------------------------------------------------------------------------------------------------------
+
+
+def test_float4_hides_no_size_of_keys_and_values():
+    query, key, value = inputs(64, heads=(2, 2), gradients=False)
+    expected = attention(query, key, value, backend="native_math").double()
+    for size in (1e-5, 2.0**-20, 1.0, 3e4):
+        out = attention(query / size, key * size, value * size, backend="sage_blackwell_hub_on_cpu").double() / size
+        assert float((out - expected).norm() / expected.norm()) < 0.2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_float4_hides_nothing_that_is_not_finite(place, bad):
+    tensors = inputs(64, heads=(2, 2), gradients=False)
+    tensors[place][0, 3, 0, 0] = bad
+    out = attention(*tensors, backend="sage_blackwell_hub_on_cpu")
+    assert not out[0, :, 0, 0].isfinite().any()
+    assert out[1].isfinite().all()
+    assert out[0, :, 1].isfinite().all()
+
+
+def test_every_kernel_that_compiles_when_it_is_called_says_so():
+    compiling = {spec.name for spec in attn_backends() if spec.first_call_compiles}
+    assert compiling == {"flash_4_hub", "sage_hub", "sage_blackwell_hub"}
+
+
+def test_float4_traces():
+    torch.compiler.reset()
+    query, key, value = inputs(64, heads=(2, 2), gradients=False)
+    for causal in (False, True):
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        found = compiled(query, key, value, causal=causal, backend="sage_blackwell_hub_on_cpu")
+        assert torch.equal(found, attention(query, key, value, causal=causal, backend="sage_blackwell_hub_on_cpu"))
+    torch.library.opcheck(torch.ops.attn_hub.sage_blackwell_hub.default, (query, key, value, 0.125, False))
+    torch.compiler.reset()
