@@ -100,6 +100,9 @@ XLA = BackendSpec(
         ),
     ),
     context_parallel=ContextParallelSupport(ring=_NO_RING, ulysses=True),
-    compile=No("torch_xla traces no call with segments; native_math traces"),
+    compile=No(
+        "torch_xla compiles by a backend of its own, and its function does not trace with segments, which most lengths need; "
+        "native_math traces"
+    ),
     unverified="no TPU was at hand; written against torch_xla 2.9.0, and tried over a stand-in",
 )
