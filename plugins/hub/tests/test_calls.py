@@ -196,7 +196,7 @@ def test_declarations_say_what_the_builds_take(spec, facts, reason):
     assert not reasons if reason is None else reason in str(reasons)
 
 
-# --- sageattention 3 --------------------------------------------------------------------------------------------------------
+# --- sageattention ----------------------------------------------------------------------------------------------------------
 
 
 def test_float4_hides_no_size_of_keys_and_values():
@@ -232,3 +232,10 @@ def test_float4_traces():
         assert torch.equal(found, attention(query, key, value, causal=causal, backend="sage_blackwell_hub_on_cpu"))
     torch.library.opcheck(torch.ops.attn_hub.sage_blackwell_hub.default, (query, key, value, 0.125, False))
     torch.compiler.reset()
+
+
+def test_sage_is_given_what_it_can_read():
+    storage = torch.randn(3, 2, 128 * 2 * 64 + 1, dtype=torch.bfloat16)
+    query, key, value = (part[:, 1:].unflatten(1, (128, 2, 64)) for part in storage)
+    out = attention(query, key, value, backend="sage_hub_on_cpu")
+    agree([out], [attention(query, key, value, backend="native_math")])

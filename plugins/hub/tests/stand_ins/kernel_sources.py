@@ -214,6 +214,11 @@ SAGE = (
     + """
 def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs):
     assert tensor_layout == "NHD" and not is_causal and sm_scale >= 0 and k.shape[1] % 128 == 0 and not kwargs
+    head_dim = q.shape[-1]
+    if head_dim % 64:
+        q, k, v = (pad(each, (0, -head_dim % 64)) for each in (q, k, v))
+    readable(q, k, v)
+    q, k, v = (each[..., :head_dim] for each in (q, k, v))
     out, lse = attend(q, k, v, max(sm_scale, 1e-30), False, 0.0)
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 """
