@@ -1,40 +1,91 @@
-"""Adapters of hub kernels that have the functions of flash-attention."""
+"""Adapters of hub kernels that have the functions of flash-attention.
+
+Dense and packed calls go to the public functions. Their graph is the core's, whose backward calls the function that the
+library's own graph calls. Not all of that traces, so in traced code two operators made here stand for it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from attn_core.packed_calls import Mask, Options, Starts, attend, options_of
+import torch
+
+from attn_core.masks import traced
+from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
 from attn_core.shaping import natural_lse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-    import torch
-
     from attn_core.shaping import Tensors
 
 
-class FlashKernel(NamedTuple):
+class Library(NamedTuple):
     """A hub kernel with ``flash_attn_func`` and ``flash_attn_varlen_func``, and its convention.
 
     Attributes:
+        name: of the backend.
         module: the kernel.
+        gradients: what its graph calls, brought into one form: of the module, the six tensors of a backward, where
+            sequences start, and the options; None where it has no backward.
+        step: of the head dims that it takes.
         lse_option: the option that asks for the lse, which is then the second result.
         always_tuple: whether the lse is returned, maybe as None, where it is not asked for.
         knows_deterministic: whether it takes ``deterministic``.
     """
 
+    name: str
     module: ModuleType
+    gradients: Callable[..., Tensors] | None = None
+    step: int = 8
     lse_option: str = "return_attn_probs"
     always_tuple: bool = False
     knows_deterministic: bool = True
 
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: Starts | None,
+        options: Options,
+        *,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Result and lse, without a graph."""
+        given: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal, self.lse_option: return_lse}
+        if self.knows_deterministic:
+            given["deterministic"] = options.deterministic
+        with torch.no_grad():
+            if starts is None:
+                found = self.module.flash_attn_func(query, key, value, **given)
+            else:
+                found = self.module.flash_attn_varlen_func(query, key, value, *bounds(starts), **given)
+        if not return_lse:
+            return found[0] if self.always_tuple else found, None
+        return found[0], natural_lse(found[1], found[0])
+
+
+def bounds(starts: Starts) -> Starts:
+    """Bounds of the lengths that a kernel can be given.
+
+    At most one query per sequence would make flash-attn 2 take every sequence to have one; where no sequence has a key, its
+    backward would start a grid of no blocks, which is an error of CUDA.
+    """
+    longest_q, longest_k = max(starts.max_seqlen_q, 2), max(starts.max_seqlen_k, 1)
+    return starts._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
+
+
+class _Kernel:
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self._forward, self._backward = _operators(library)
+
     def widths(self, head_dim: int, value_head_dim: int, _: torch.device) -> tuple[int, int]:
-        """One for all, in steps of 8."""
+        """One for all, in steps."""
         width = max(head_dim, value_head_dim)
-        width += -width % 8
+        width += -width % self.library.step
         return width, width
 
     def forward(
@@ -47,28 +98,35 @@ class FlashKernel(NamedTuple):
         *,
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Result with its graph, and lse."""
-        given: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal, self.lse_option: return_lse}
-        if self.knows_deterministic:
-            given["deterministic"] = options.deterministic
-        if starts is None:
-            found = self.module.flash_attn_func(query, key, value, **given)
-        else:
-            # one query per sequence at most would make flash-attn 2 take every sequence to have one
-            longest_q = max(starts.max_seqlen_q, 2)
-            bounds = starts.cu_seqlens_q, starts.cu_seqlens_k, longest_q, starts.max_seqlen_k
-            found = self.module.flash_attn_varlen_func(query, key, value, *bounds, **given)
-        if not return_lse:
-            return found[0] if self.always_tuple else found, None
-        return found[0], natural_lse(found[1], found[0])
+        """Result and lse."""
+        if not traced(query):
+            return self.library.run(query, key, value, starts, options, return_lse=return_lse)
+        out, lse = self._forward(query, key, value, *_flat(starts, options))
+        return out, lse
 
-    def backward(self, *_: Any) -> Tensors:
-        """Not called: the functions bring their graph."""
-        raise NotImplementedError
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        starts: Starts | None,
+        options: Options,
+    ) -> Tensors:
+        """The gradients."""
+        tensors = (grad_out, query, key, value, out, lse)
+        if traced(query):
+            dq, dk, dv = self._backward(*tensors, *_flat(starts, options))
+            return dq, dk, dv
+        assert self.library.gradients is not None  # noqa: S101 - its declaration has no backward otherwise
+        return self.library.gradients(self.library.module, *tensors, starts, options)
 
 
-def flash(kernel: FlashKernel) -> Callable[..., Any]:
-    """Make the adapter."""
+def flash(library: Library) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
+    """Make the two functions of the adapter."""
+    kernel = _Kernel(library)
 
     def forward(
         query: torch.Tensor,
@@ -84,4 +142,75 @@ def flash(kernel: FlashKernel) -> Callable[..., Any]:
         options = options_of(scale, causal, None, None, deterministic=deterministic)
         return attend(kernel, query, key, value, attn_mask, options, return_lse=return_lse)
 
-    return forward
+    def backward(
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        scale: float,
+        attn_mask: Mask = None,
+        causal: bool = False,
+        deterministic: bool = False,
+    ) -> Tensors:
+        options = options_of(scale, causal, None, None, deterministic=deterministic)
+        return differentiate(kernel, grad_out, query, key, value, out, lse, attn_mask, options)
+
+    return forward, backward
+
+
+# --- operators for traced code ------------------------------------------------------------------------------------------
+
+_GIVEN = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "float scale, bool causal, bool deterministic"
+)
+
+
+def _flat(starts: Starts | None, options: Options) -> tuple[Any, ...]:
+    """What an operator is given of them, in the order of its schema."""
+    return (*(starts or (None,) * 4), options.scale, options.causal, options.deterministic)
+
+
+def _unflat(given: tuple[Any, ...]) -> tuple[Starts | None, Options]:
+    scale, causal, deterministic = given[4:]
+    options = options_of(scale, causal, None, None, deterministic=deterministic)
+    return None if given[0] is None else Starts(*given[:4]), options
+
+
+def _operators(library: Library) -> tuple[Any, Any]:
+    def run(query: Any, key: Any, value: Any, *given: Any) -> Any:
+        out, lse = library.run(query, key, value, *_unflat(given), return_lse=True)
+        assert lse is not None  # noqa: S101 - it was asked for
+        return out.contiguous(), lse.contiguous()
+
+    def plan(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32).transpose(-1, -2).contiguous()
+        return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
+
+    schema = f"(Tensor query, Tensor key, Tensor value, {_GIVEN}) -> (Tensor, Tensor)"
+    forward = torch.library.custom_op(f"attn_hub::{library.name}", run, mutates_args=(), schema=schema)
+    forward.register_fake(plan)
+    gradients = library.gradients
+    if gradients is None:
+        return forward, None
+
+    def run_backward(*given: Any) -> Any:
+        return tuple(grad.contiguous() for grad in gradients(library.module, *given[:6], *_unflat(given[6:])))
+
+    def plan_backward(
+        _: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: Any
+    ) -> Tensors:
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+    backward = torch.library.custom_op(
+        f"attn_hub::{library.name}_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_GIVEN}) "
+        "-> (Tensor, Tensor, Tensor)",
+    )
+    backward.register_fake(plan_backward)
+    return forward, backward

@@ -1,29 +1,32 @@
 """The declarations of this wheel. None imports torch.
 
-Written against huggingface/kernels-community (flash-attn3 at 31ec5e6, aiter-flash-attn-ck at 6c4c719) and the sources of the
-libraries that its kernels are built from.
+What each was written against is in ``repositories``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from attn_core.plugin import Approximate, BackendSpec, Constraints, ContextParallelSupport, Needs, No, Rule
+from attn_core.plugin import Approximate, BackendSpec, Backward, Constraints, ContextParallelSupport, Needs, No, Rule
 from attn_hub.repositories import REPOSITORIES
 
 _NEEDS = Needs(extra="hub")
-_UNTRIED = "loaded from the hub it was never tried{}; tried over a stand-in in the hub's format"
+_UNTRIED = "written against {}; loaded from the hub it was never tried{}; tried over a stand-in in the hub's format"
 _NO_MASK = No("flash-attention takes no mask; native, native_efficient and flex do")
 _NOT_YET = No("not tried of a hub build; flash has it")
-_NO_COMPILE = No("hub builds name their operators as they please, and whether they trace was not tried; flash traces")
 _SQUARE_ONLY = Rule(
     "causal needs as many queries as keys: sageattention counts the diagonal from the first key, attn from the last",
     lambda facts: facts.causal and facts.lengths != "equal",
 )
-_NO_PADDED_DIAGONAL = Rule(
-    "key padding excludes causal: packing moves keys; flash has both",
-    lambda facts: facts.causal and facts.mask == "key_padding",
-)
+
+
+def _no_room(widest: int) -> Rule:
+    return Rule(
+        f"head dims above {widest - 8} exclude key padding together with causal: padding is hidden there by 8 further columns, "
+        f"and the kernel takes {widest}; use native, native_efficient or flex",
+        lambda facts: facts.head_dim > widest - 8 and facts.causal and facts.mask == "key_padding",
+    )
+
 
 _FLASH: dict[str, Any] = {
     "platforms": {"cuda"},
@@ -44,11 +47,10 @@ _FLASH: dict[str, Any] = {
     "forward_mode": No("flash-attention has no forward-mode derivative; native_math has"),
     "backward": True,
     "double_backward": No("flash-attention has no derivative of its backward; native_math has"),
-    "rules": (_NO_PADDED_DIAGONAL,),
+    "rules": (_no_room(256),),
 }
-_ULYSSES = ContextParallelSupport(
-    ring=No("ring needs a backward of its own, which hub kernels don't publish; flash has one"), ulysses=True
-)
+_ALL_PARALLEL = ContextParallelSupport(ring=True, ulysses=True, hybrid=True)
+_ULYSSES = ContextParallelSupport(ring=No("ring needs the lse; flash_hub returns it"), ulysses=True)
 
 
 def _hub(name: str, summary: str, module: str, constraints: Any, **others: Any) -> BackendSpec:
@@ -60,9 +62,11 @@ def _hub(name: str, summary: str, module: str, constraints: Any, **others: Any) 
         needs=_NEEDS,
         constraints=constraints,
         unverified=_UNTRIED.format(
-            ", at its pinned commit neither" if REPOSITORIES[name].revision else ", and the user pins it"
+            REPOSITORIES[name].source,
+            ", at its pinned commit neither" if REPOSITORIES[name].revision else ", and the user pins it",
         ),
-        **{"context_parallel": _ULYSSES, "compile": _NO_COMPILE, **others},
+        compile=True,
+        **others,
     )
 
 
@@ -72,13 +76,32 @@ FLASH = _hub(
     "flash_2",
     Constraints(compute_capability={(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}, **_FLASH),
     aliases={"flash_varlen_hub"},
+    backward="attn_hub.flash_2:backward",
+    autograd="core",
+    context_parallel=_ALL_PARALLEL,
 )
 FLASH_3 = _hub(
     "flash_3_hub",
     "flash-attn 3",
     "flash_3",
-    Constraints(compute_capability={(8, 0), (9, 0)}, **_FLASH),
+    Constraints(
+        compute_capability={(8, 0), (9, 0)},
+        **{
+            **_FLASH,
+            "backward": Backward(
+                rules=(
+                    Rule(
+                        "deterministic excludes head dims above 192 with gradients: the deterministic backward ends there",
+                        lambda facts: facts.deterministic and max(facts.head_dim, facts.value_head_dim) > 192,
+                    ),
+                )
+            ),
+        },
+    ),
     aliases={"_flash_3_hub", "_flash_3_varlen_hub"},
+    backward="attn_hub.flash_3:backward",
+    autograd="core",
+    context_parallel=_ALL_PARALLEL,
 )
 FLASH_4 = _hub(
     "flash_4_hub",
@@ -86,8 +109,11 @@ FLASH_4 = _hub(
     "flash_4",
     Constraints(
         compute_capability={(9, 0), (10, 0)},
-        **{**_FLASH, "head_dims": range(1, 129), "deterministic": _NOT_YET},
+        **{**_FLASH, "head_dims": range(1, 129), "deterministic": _NOT_YET, "rules": (_no_room(128),)},
     ),
+    backward="attn_hub.flash_4:backward",
+    autograd="core",
+    context_parallel=_ALL_PARALLEL,
     first_call_compiles=True,
 )
 AITER = _hub(
@@ -98,6 +124,10 @@ AITER = _hub(
         **{
             **_FLASH,
             "platforms": {"rocm"},
+            "compute_capability": {(9, 4), (9, 5)},  # gfx942 and gfx950
+            "dtypes": {"bfloat16"},
+            "head_dims": range(1, 129),
+            "rules": (_no_room(128),),
             "lse": No("which form the lse has in this build was not found out; native_math returns it"),
             "deterministic": _NOT_YET,
             "backward": No("the hub build has the forward alone"),
@@ -105,6 +135,7 @@ AITER = _hub(
         }
     ),
     aliases={"aiter_fa2_hub"},
+    context_parallel=_ULYSSES,
 )
 _SAGE: dict[str, Any] = {
     "platforms": {"cuda"},
@@ -123,7 +154,7 @@ SAGE_HUB = _hub(
     "SageAttention 2, approximate",
     "sage",
     Constraints(
-        compute_capability={(8, 0), (8, 9), (9, 0), (12, 0), (12, 1)},
+        compute_capability={(8, 0), (8, 9), (9, 0)},  # 12.0 would be given kernels that are built for 8.9 alone
         head_dims=range(1, 129),
         masks={
             "none": True,
@@ -139,16 +170,15 @@ SAGE_HUB = _hub(
         **_SAGE,
     ),
     numerics=Approximate(0.06, scores=1.5),
-    compile=True,
     first_call_compiles=True,
-    context_parallel=ContextParallelSupport(ring=True, ulysses=True, hybrid=True),
+    context_parallel=_ALL_PARALLEL,
 )
 SAGE_BLACKWELL = _hub(
     "sage_blackwell_hub",
     "SageAttention 3 in float4, approximate",
     "sage_blackwell",
     Constraints(
-        compute_capability={(10, 0), (12, 0)},
+        compute_capability={(12, 0)},
         head_dims={64, 128},
         masks={"none"},
         causal=True,
@@ -159,4 +189,6 @@ SAGE_BLACKWELL = _hub(
         **_SAGE,
     ),
     numerics=Approximate(0.2, scores=1.5),
+    first_call_compiles=True,
+    context_parallel=_ULYSSES,
 )

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attn_core.errors import BackendNotUsable
 from attn_hub.repositories import PUBLISHERS, REPOSITORIES
@@ -23,7 +22,10 @@ ALLOWED = "ATTN_ALLOW_REMOTE_KERNELS"
 LOCKFILE = "ATTN_KERNELS_LOCK"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DISTRIBUTION = "attn-hub"
 _fetched: dict[str, ModuleType] = {}
+_commits: dict[str, str] = {}
+"""At which commit each of them is."""
 
 
 class NotLoadedError(BackendNotUsable, ImportError):
@@ -49,7 +51,7 @@ def fetch(
     Later processes find it in the cache, and need the same permission and the same pin.
 
     Args:
-        name: the backend, such as "flash_hub".
+        name: the backend, as ``backend=`` takes it: "flash_hub", "flash_varlen_hub" or "attn-hub:flash_hub".
         allow_remote_kernels: the permission; ``ATTN_ALLOW_REMOTE_KERNELS=1`` gives it to a whole process.
         revision: the commit to take, 40 hex digits, in place of attn-hub's own where it has one. A branch or a tag is
             refused, since it moves.
@@ -59,7 +61,8 @@ def fetch(
         The kernel's module.
 
     Raises:
-        BackendNotUsable: not allowed, not pinned, of a publisher that is not on the list, or not to be had.
+        BackendNotUsable: not allowed, not pinned, of a publisher that is not on the list, not to be had, or fetched in this
+            process at another commit already.
 
     Example:
         >>> fetch("flash_hub", revision="main")
@@ -67,10 +70,19 @@ def fetch(
         ...
         attn_core.errors.BackendNotUsable: flash_hub: remote kernels are somebody else's code, ... not allowed...
     """
+    name = _own_name(name)
     _require_permission(name, allowed=allow_remote_kernels)
     pin = _pin(name, revision, None if lockfile is None else Path(lockfile))
-    module = _fetched[name] = _load(name, pin, download=True)
-    return module
+    if name not in _fetched:
+        return _kept(name, pin, download=True)
+    commit = _load(name, pin, _commit_of)
+    if commit != _commits[name]:
+        msg = (
+            f"{name}: found the commit {commit}; accepted in this process: {_commits[name]}, which is loaded, and which calls "
+            "go on with. Next: fetch the other one in a new process"
+        )
+        raise BackendNotUsable(msg)
+    return _fetched[name]
 
 
 def loaded(name: str) -> ModuleType:
@@ -83,16 +95,32 @@ def loaded(name: str) -> ModuleType:
         return _fetched[name]
     try:
         _require_permission(name, allowed=False)
-        module = _fetched[name] = _load(name, _pin(name, None, None), download=False)
+        return _kept(name, _pin(name, None, None), download=False)
     except BackendNotUsable as refusal:
         raise NotLoadedError(str(refusal)) from refusal
-    return module
+
+
+def _kept(name: str, pin: Pin, *, download: bool) -> ModuleType:
+    commit = _load(name, pin, _commit_of)
+    _fetched[name] = _load(name, pin, _locked if pin.lockfile else _at_revision, download=download)
+    _commits[name] = commit
+    return _fetched[name]
+
+
+def _own_name(name: str) -> str:
+    """The name of the backend that is meant by it, by an alias, or with the distribution before it."""
+    from attn_hub.plugin import attn_backends
+
+    distribution, colon, rest = name.rpartition(":")
+    asked = rest if colon and distribution == _DISTRIBUTION else name
+    for spec in attn_backends():
+        if asked == spec.name or asked in spec.aliases:
+            return spec.name
+    msg = f"attn-hub has no backend {name!r}; it has {', '.join(REPOSITORIES)}"
+    raise BackendNotUsable(msg)
 
 
 def _require_permission(name: str, *, allowed: bool) -> None:
-    if name not in REPOSITORIES:
-        msg = f"attn-hub has no backend {name!r}; it has {', '.join(REPOSITORIES)}"
-        raise BackendNotUsable(msg)
     if not allowed and os.environ.get(ALLOWED) != "1":
         msg = (
             f"{name}: remote kernels are somebody else's code, {REPOSITORIES[name].name} of the Hugging Face hub here, and are "
@@ -114,6 +142,12 @@ def _pin(name: str, revision: str | None, lockfile: Path | None) -> Pin:
         lockfile = Path(named) if named else None
         revision = None if lockfile is not None else REPOSITORIES[name].revision
     if lockfile is not None:
+        if not lockfile.is_file():
+            msg = (
+                f"{name}: the lock file {lockfile} is not there. Next: name one that `kernels lock` wrote, by lockfile= or "
+                f"{LOCKFILE}"
+            )
+            raise BackendNotUsable(msg)
         return Pin(lockfile=lockfile)
     if revision is None:
         msg = (
@@ -132,9 +166,8 @@ def _check_commit(name: str, revision: str) -> None:
         raise BackendNotUsable(msg)
 
 
-def _load(name: str, pin: Pin, *, download: bool) -> ModuleType:
-    """Load a kernel as it is pinned, from the cache or, where that may be, from the hub."""
-    load = _locked if pin.lockfile is not None else _at_revision
+def _load(name: str, pin: Pin, load: Callable[..., Any], *, download: bool = False) -> Any:
+    """Load a kernel as it is pinned, from the cache or, where that may be, from the hub; or find out what the pin says."""
     try:
         return load(name, pin, download=download)
     except BackendNotUsable:
@@ -178,12 +211,14 @@ def _at_revision(name: str, pin: Pin, *, download: bool) -> ModuleType:
     return module
 
 
-def _locked(name: str, pin: Pin, *, download: bool) -> ModuleType:
-    import kernels
+def _commit_of(name: str, pin: Pin, **_: bool) -> str:
+    """The commit that a pin means, of a lock file that holds nothing but commits of publishers on the list."""
+    if pin.lockfile is None:
+        assert pin.revision is not None  # noqa: S101 - one of the two is there
+        return pin.revision
     from kernels.locking import get_locked_kernel_revision
 
-    repository = REPOSITORIES[name].name
-    locks, _ = get_locked_kernel_revision(repository, pin.lockfile)
+    locks, own = get_locked_kernel_revision(REPOSITORIES[name].name, pin.lockfile)
     for item in locks.keys():  # noqa: SIM118 - it is no mapping
         _check_commit(name, locks.get(item).commit)
         if item.repo_id.partition("/")[0] not in PUBLISHERS:
@@ -192,7 +227,13 @@ def _locked(name: str, pin: Pin, *, download: bool) -> ModuleType:
                 "Next: a lock file for these kernels alone"
             )
             raise BackendNotUsable(msg)
-    load: Callable[[], ModuleType] = partial(
-        kernels.get_locked_kernel if download else kernels.load_kernel, repository, lockfile=pin.lockfile
-    )
-    return load()
+    commit: str = locks.get(own).commit
+    return commit
+
+
+def _locked(name: str, pin: Pin, *, download: bool) -> ModuleType:
+    import kernels
+
+    load = kernels.get_locked_kernel if download else kernels.load_kernel
+    module: ModuleType = load(REPOSITORIES[name].name, lockfile=pin.lockfile)
+    return module

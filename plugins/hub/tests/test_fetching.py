@@ -205,6 +205,36 @@ def test_a_lock_file_that_does_not_pin_is_refused(cache, offline, entries, match
         fetch("flash_hub", lockfile=lock, allow_remote_kernels=True)
 
 
+def test_a_lock_file_that_is_not_there_is_said_to_be_that(cache, tmp_path, monkeypatch, network):
+    absent = tmp_path / "absent.lock"
+    with pytest.raises(BackendNotUsable, match=f"the lock file {absent} is not there.*lockfile= or ATTN_KERNELS_LOCK"):
+        fetch("flash_hub", lockfile=absent, allow_remote_kernels=True)
+    monkeypatch.setenv("ATTN_ALLOW_REMOTE_KERNELS", "1")
+    monkeypatch.setenv("ATTN_KERNELS_LOCK", str(absent))
+    with pytest.raises(BackendNotUsable, match=f"the lock file {absent} is not there"):
+        fetching.loaded("flash_hub")
+    assert not network
+
+
+def test_one_process_has_one_commit_of_a_kernel(cache, offline):
+    module = fetch("flash_hub", revision=COMMIT, allow_remote_kernels=True)
+    other = write_kernel(cache, REPOSITORY, "where = 'elsewhere'", commit="b" * 40)
+    with pytest.raises(
+        BackendNotUsable, match=f"found the commit {other}; accepted in this process: {COMMIT}, which is l"
+    ):
+        fetch("flash_hub", revision=other, allow_remote_kernels=True)
+    assert fetching.loaded("flash_hub") is module
+    lock = write_lock(cache / "kernels.lock", {REPOSITORY: COMMIT})
+    assert fetch("flash_hub", lockfile=lock, allow_remote_kernels=True) is module
+    assert fetch("flash_hub", revision=COMMIT, allow_remote_kernels=True) is module
+
+
+@pytest.mark.parametrize("name", ["flash_varlen_hub", "attn-hub:flash_hub", "attn-hub:flash_varlen_hub"])
+def test_every_name_that_backend_takes_can_be_fetched(name, cache, offline):
+    module = fetch(name, revision=COMMIT, allow_remote_kernels=True)
+    assert fetching.loaded("flash_hub") is module
+
+
 def test_a_lock_file_in_the_working_directory_is_not_read(cache, offline, monkeypatch):
     write_lock(cache / "kernels.lock", {REPOSITORY: COMMIT})
     monkeypatch.chdir(cache)

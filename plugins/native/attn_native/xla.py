@@ -1,7 +1,8 @@
 """Attention on ``torch_xla.experimental.custom_kernel.flash_attention``, written against torch_xla 2.9.0.
 
 Its convention: (B, H, S, D) with as many key heads as query heads; the scale is 1 unless given; the diagonal begins at the
-first key. Lengths have to be divisible by its blocks of 512, or be one multiple of 128 below that; others are padded, and the
+first key. Lengths have to be divisible by its blocks, or be one multiple of 128 below them. The largest blocks are those of the
+backward of the query: 1024 queries, and 512 keys in parts of 256. Other lengths are padded, for a forward alone too, and the
 padding is a segment of its own, as hidden keys are. What is hidden has a very low score rather than none.
 """
 
@@ -18,7 +19,10 @@ from attn_core.shaping import positive_scale, repeated_heads
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
 
-BLOCK, LANES = 512, 128
+LANES = 128
+QUERIES, KEYS = (512, 1024), (256, 512)
+"""Up to which length one block of any multiple of 128 does, and the block above it: 513 to 1024 queries are two blocks of 512
+in the forward, and one of 1024 in the backward."""
 
 
 def forward(
@@ -45,7 +49,7 @@ def forward(
     batch, queries, heads, _ = query.shape
     keys = key.shape[1]
     keep = None if attn_mask is None else attn_mask.keep
-    missing_q, missing_k = missing(queries), missing(keys)
+    missing_q, missing_k = missing(queries, *QUERIES), missing(keys, *KEYS)
     segments_q = segments_k = None
     if keep is not None or missing_q or missing_k:
         segments_q = torch.ones(batch, queries + missing_q, dtype=torch.int32, device=query.device)
@@ -60,13 +64,15 @@ def forward(
     return out if keep is None else out.masked_fill(~keep.any(1)[:, None, None, None], 0.0)
 
 
-def missing(length: int) -> int:
+def missing(length: int, single: int, block: int) -> int:
     """How many tokens a length lacks to be one that the kernel takes.
 
-    >>> [missing(length) for length in (1, 128, 300, 512, 513)]
-    [127, 0, 84, 0, 511]
+    >>> [missing(length, *QUERIES) for length in (1, 128, 300, 512, 513, 1025)]
+    [127, 0, 84, 0, 511, 1023]
+    >>> [missing(length, *KEYS) for length in (1, 128, 200, 256, 257, 512, 513)]
+    [127, 0, 56, 0, 255, 0, 511]
     """
-    return -length % (LANES if length <= BLOCK else BLOCK)
+    return -length % (LANES if length <= single else block)
 
 
 def _laid_out(tensor: torch.Tensor, missing: int) -> torch.Tensor:

@@ -10,12 +10,14 @@ def commit_of(repository):
 
 
 def write_kernel(cache, repository, source, *, commit=None, depends=()):
-    """A repository at one commit, with one build: of plain Python, for the CPU."""
+    """A repository at one commit, with one build: of plain Python, for the CPU. ``source`` is one file, or some by name."""
     commit = commit or commit_of(repository)
     publisher, name = repository.split("/")
     folder = cache / f"kernels--{publisher}--{name}" / "snapshots" / commit / "build" / "torch-cpu"
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(source, encoding="utf-8")
+    files = {"__init__.py": source} if isinstance(source, str) else source
+    for file, text in files.items():
+        (folder / file).write_text(text, encoding="utf-8")
     metadata = {
         "id": f"{name.replace('-', '_')}_cpu_{commit[:8]}", "name": name, "version": 1, "license": "Apache-2.0",
         "python-depends": [], "kernel-depends": list(depends), "backend": {"type": "cpu"},

@@ -1,45 +1,90 @@
-"""What the test's kernel repositories hold: functions with the signatures and conventions of the real ones, in plain torch."""
+"""What the test's kernel repositories hold: files with the signatures and conventions of the real ones, in plain torch.
+
+What a kernel reads by pointers, 16 bytes at a time, is held to that: the last dimension dense, and all else a multiple of 8.
+"""
 
 PLAIN = """
 import torch
+from torch.nn.functional import pad
+
+def readable(*tensors):
+    assert not torch.compiler.is_dynamo_compiling(), "the library is not for tracing here"
+    for tensor in tensors:
+        assert type(tensor) is torch.Tensor, "the library reads memory"
+        assert tensor.dtype in (torch.float16, torch.bfloat16)
+        strides = [step for step, size in zip(tensor.stride(), tensor.shape) if size > 1]
+        assert tensor.shape[-1] % 8 == 0 and tensor.stride(-1) == 1, "Input tensor must have contiguous last dimension"
+        assert tensor.storage_offset() % 8 == 0 and not any(step % 8 for step in strides[:-1]), "misaligned address"
+
+def repeated(q, k):
+    return k.float().repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+
+def probabilities(q, k, scale, causal):
+    assert scale > 0, "the largest score is looked for before the scale"
+    scores = q.float() @ repeated(q, k).mT * scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril(k.shape[-2] - q.shape[-2])
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores
 
 def attend(q, k, v, scale, causal, blind_lse):
-    groups = q.shape[2] // k.shape[2]
-    q, k, v = (tensor.transpose(1, 2).float() for tensor in (q, k, v))
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.mT
-    assert scale > 0, "the largest score is looked for before the scale"
-    scores = scores * scale
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril(k.shape[2] - q.shape[2])
-        scores = scores.masked_fill(~seen, -torch.inf)
+    # (B, S, H, D)
+    q, k, v = (tensor.transpose(-2, -3) for tensor in (q, k, v))
+    scores = probabilities(q, k, scale, causal)
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-    lse = scores.detach().logsumexp(-1).masked_fill(blind[..., 0], blind_lse)
-    return (weights @ v).transpose(1, 2), lse
+    lse = scores.logsumexp(-1).masked_fill(blind[..., 0], blind_lse)
+    return (weights @ repeated(q, v)).transpose(-2, -3), lse
+
+def gradients(grad, q, k, v, out, lse, scale, causal, blind_lse):
+    # of a sequence, (S, H, D), from a result and an lse that may be those of a longer one
+    assert not (lse == -blind_lse).any(), "the lse of another convention"
+    heads = k.shape[1]
+    grad, q, k, v, out = (tensor.transpose(0, 1).float() for tensor in (grad, q, k, v, out))
+    weights = (probabilities(q, k, scale, causal) - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp()
+    change = weights * (grad @ repeated(q, v).mT - (grad * out).sum(-1, keepdim=True))
+    dq, dk, dv = change @ repeated(q, k) * scale, change.mT @ q * scale, weights.mT @ grad
+    dk, dv = (each.unflatten(0, (heads, -1)).sum(1) for each in (dk, dv))
+    return [each.transpose(0, 1) for each in (dq, dk, dv)]
 
 def dense(q, k, v, scale, causal, blind_lse):
-    assert q.shape[-1] % 8 == 0 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert q.dtype in (torch.float16, torch.bfloat16)
+    readable(q, k, v)
     out, lse = attend(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, causal, blind_lse)
-    return out.to(q.dtype), lse
+    return out.to(q.dtype).contiguous(), lse
+
+def sequences(starts_q, starts_k, longest_q, longest_k):
+    assert starts_q.dtype == starts_k.dtype == torch.int32 and longest_q >= 2
+    starts_q, starts_k = starts_q.tolist(), starts_k.tolist()
+    for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
+        assert b - a <= longest_q and d - c <= longest_k
+        yield slice(a, b), slice(c, d)
 
 def packed(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, causal, blind_lse):
-    assert starts_q.dtype == starts_k.dtype == torch.int32 and longest_q >= 2
-    outs, lses = [], []
-    for (a, b), (c, d) in zip(zip(starts_q.tolist(), starts_q.tolist()[1:]), zip(starts_k.tolist(), starts_k.tolist()[1:])):
-        assert b - a <= longest_q and d - c <= longest_k
-        if d == c:
-            outs.append(q[a:b] * 0.0)
-            lses.append(torch.full((q.shape[1], b - a), blind_lse, dtype=torch.float32, device="cpu"))
-            continue
-        out, lse = dense(q[None, a:b], k[None, c:d], v[None, c:d], scale, causal, blind_lse)
-        outs.append(out[0])
-        lses.append(lse[0])
-    outs.append(q[:0] + (k[:0].sum() + v[:0].sum()))  # all three are in the graph, as in that of an autograd function
-    rest = q.shape[0] - starts_q.tolist()[-1]
-    lses.append(torch.zeros(q.shape[1], rest, dtype=torch.float32, device="cpu"))
-    return torch.cat([*outs, q[:rest] * 0.0]), torch.cat(lses, 1)
+    readable(q, k, v)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full((q.shape[1], q.shape[0]), blind_lse, dtype=torch.float32, device="cpu")
+    for rows, keys in sequences(starts_q, starts_k, longest_q, longest_k):
+        if keys.stop > keys.start:
+            part, lse[:, rows] = attend(q[rows], k[keys], v[keys], scale, causal, blind_lse)
+            out[rows] = part.to(q.dtype)
+    return out, lse
+
+def backward(grad, q, k, v, out, lse, starts, scale, causal, blind_lse):
+    readable(grad, q, k, v, out)
+    assert lse.dtype == torch.float32 and lse.is_contiguous() and q.shape[-1] == v.shape[-1]
+    grads = [torch.zeros_like(tensor) for tensor in (q, k, v)]
+    if starts is None:
+        batch, places = q.shape[0], [(number, number) for number in range(q.shape[0])]
+    else:
+        if starts[3] == 0:
+            raise RuntimeError("CUDA error: invalid argument")  # a grid of no blocks
+        lse, places = lse.transpose(0, 1), list(sequences(*starts))
+    for rows, keys in places:
+        one = lse[rows] if starts is None else lse[rows].transpose(0, 1)
+        found = gradients(grad[rows], q[rows], k[keys], v[keys], out[rows], one, scale, causal, blind_lse)
+        for whole, place, part in zip(grads, (rows, keys, keys), found):
+            whole[place] = part.to(q.dtype)
+    return grads
 """
 
 FLASH_2 = (
@@ -57,6 +102,26 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
                            return_attn_probs=False, block_table=None):
     out, lse = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, INF)
     return (out, lse, None) if return_attn_probs else out
+
+def write(grads, found, *rest):
+    assert rest == (-1, -1, 0.0, None)
+    for grad, each in zip(grads, found):
+        readable(grad)
+        grad.copy_(each)
+
+def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+                         window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
+    assert dropout_p == 0.0 and isinstance(deterministic, bool)
+    found = backward(dout, q, k, v, out, softmax_lse, None, softmax_scale, causal, INF)
+    write((dq, dk, dv), found, window_size_left, window_size_right, softcap, alibi_slopes)
+
+def _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+                                alibi_slopes, deterministic, rng_state=None, zero_tensors=False):
+    assert dropout_p == 0.0 and isinstance(deterministic, bool)
+    starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    found = backward(dout, q, k, v, out, softmax_lse, starts, softmax_scale, causal, INF)
+    write((dq, dk, dv), found, window_size_left, window_size_right, softcap, alibi_slopes)
 """
 )
 FLASH_3 = (
@@ -75,7 +140,20 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
                            window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
                            deterministic=False, sm_margin=0, return_attn_probs=False):
     found = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, INF)
+    if not k.shape[0]:
+        found[1].fill_(float("inf"))
     return found if return_attn_probs else found[0]
+
+def _flash_attn_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+                         max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+                         window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0):
+    assert sequed_q is None and sequed_k is None and (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
+    assert not deterministic or q.shape[-1] <= 192, "Deterministic backward not supported for hdim 256."
+    starts = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    found = backward(dout, q, k, v, out, softmax_lse, starts, softmax_scale, is_causal, INF)
+    for grad, each in zip((dq, dk, dv), found):
+        readable(grad)
+        grad.copy_(each)
 """
 )
 FLASH_4 = (
@@ -84,15 +162,26 @@ FLASH_4 = (
 INF = -float("inf")
 
 def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
-                    num_splits=1, pack_gqa=None, deterministic=False, return_lse=False):
+                    num_splits=1, pack_gqa=None, deterministic=False, mask_mod=None, full_block_cnt=None, full_block_idx=None,
+                    mask_block_cnt=None, mask_block_idx=None, block_size=None, return_lse=False):
+    assert q.shape[-1] <= 128
     out, lse = dense(q, k, v, softmax_scale, causal, INF)
     return out, lse if return_lse else None
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
                            seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None, causal=False,
-                           window_size=(None, None), softcap=0.0, num_splits=1, pack_gqa=None, return_lse=False):
+                           window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+                           deterministic=False, score_mod=None, aux_tensors=None, return_lse=False):
+    assert q.shape[-1] <= 128
     out, lse = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, INF)
     return out, lse if return_lse else None
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+                    window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+                    max_seqlen_q=None, max_seqlen_k=None, deterministic=False):
+    assert -q.shape[-1] % 32 < 16, "laid out in steps of 16, and read in steps of 32: gradients of other rows"
+    starts = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return backward(dout, q, k, v, out, lse, starts, softmax_scale, causal, INF)
 """
 )
 AITER = (
@@ -100,18 +189,23 @@ AITER = (
     + """
 INF = -float("inf")
 
+def built(q):
+    assert q.dtype == torch.bfloat16 and q.shape[-1] in (64, 128), "invalid argument for fmha_fwd"
+
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1, 0), bias=None,
                     alibi_slopes=None, return_lse=False, return_attn_probs=False, s_aux=None, **kwargs):
     assert not kwargs, "what it does not know it drops"
-    with torch.no_grad():
-        found = dense(q, k, v, softmax_scale, causal, INF)
+    built(q)
+    found = dense(q, k, v, softmax_scale, causal, INF)
     return found if return_lse else found[0]
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                           causal=False, window_size=(-1, -1, 0), bias=None, alibi_slopes=None, return_lse=False, **kwargs):
+                           causal=False, window_size=(-1, -1, 0), bias=None, alibi_slopes=None, return_lse=False,
+                           return_attn_probs=False, block_table=None, min_seqlen_q=0, logits_soft_cap=0.0, zero_tensors=False,
+                           cu_seqlens_q_padded=None, cu_seqlens_k_padded=None, s_aux=None, **kwargs):
     assert not kwargs, "what it does not know it drops"
-    with torch.no_grad():
-        found = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, INF)
+    built(q)
+    found = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, INF)
     return found if return_lse else found[0]
 """
 )
@@ -120,6 +214,11 @@ SAGE = (
     + """
 def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs):
     assert tensor_layout == "NHD" and not is_causal and sm_scale >= 0 and k.shape[1] % 128 == 0 and not kwargs
+    head_dim = q.shape[-1]
+    if head_dim % 64:
+        q, k, v = (pad(each, (0, -head_dim % 64)) for each in (q, k, v))
+    readable(q, k, v)
+    q, k, v = (each[..., :head_dim] for each in (q, k, v))
     out, lse = attend(q, k, v, max(sm_scale, 1e-30), False, 0.0)
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 """
@@ -127,20 +226,47 @@ def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, retur
 SAGE_BLACKWELL = (
     PLAIN
     + """
+LEVELS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")
+BETWEEN = (LEVELS[1:] + LEVELS[:-1]) / 2
+
+def float4(x):
+    # in groups of 16 of the last dimension, each with a factor in float8; NaN is 0
+    groups = x.nan_to_num(0.0, 6.0, -6.0).unflatten(-1, (-1, 16))
+    factor = (groups.abs().amax(-1, keepdim=True) / 6.0).clamp(max=448.0).to(torch.float8_e4m3fn).float()
+    scaled = torch.where(factor == 0.0, 0.0, groups / factor)
+    return (LEVELS[torch.bucketize(scaled.abs().contiguous(), BETWEEN)] * scaled.sign() * factor).flatten(-2)
+
+def longer(x):
+    return pad(x, (0, 0, 0, -x.shape[2] % 16)).float()  # the kernel pads to 128, which changes nothing
+
 def sageattn3_blackwell(q, k, v, attn_mask=None, is_causal=False, per_block_mean=True, **kwargs):
+    readable(q, k, v)
     assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and attn_mask is None and not kwargs
+    assert q.shape[-1] in (64, 128) and q.shape[1] == k.shape[1] and (not is_causal or q.shape[2] == k.shape[2])
+    keys, dtype = k.shape[2], q.dtype
     k -= k.mean(dim=-2, keepdim=True)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    out, _ = attend(q, k, v, q.shape[-1] ** -0.5, is_causal, 0.0)
-    return out.to(q.dtype).transpose(1, 2)
+    q, k, v = q.float(), longer(k), longer(v)
+    mean = torch.cat([part.sum(2, keepdim=True).expand_as(part) / 128 for part in q.split(128, 2)], 2)
+    scores = (float4(q - mean) @ float4(k).mT + mean @ k.mT) * q.shape[-1] ** -0.5
+    seen = torch.arange(k.shape[2], device="cpu") < keys
+    if is_causal:
+        seen = seen & torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril()
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (weights @ float4(v.mT).mT).to(dtype).contiguous()
 """
 )
 
+INTERFACE = "from .{0} import flash_attn_func, flash_attn_varlen_func"
+
 SOURCES = {
-    "kernels-community/flash-attn2": FLASH_2,
-    "kernels-community/flash-attn3": FLASH_3,
-    "kernels-community/flash-attn4": FLASH_4,
-    "kernels-community/aiter-flash-attn-ck": AITER,
-    "SageAttention/sage-attention": SAGE,
-    "SageAttention/sage-blackwell": SAGE_BLACKWELL,
-}
+    "kernels-community/flash-attn2": {
+        "__init__.py": INTERFACE.format("flash_attn_interface"), "flash_attn_interface.py": FLASH_2
+    },
+    "kernels-community/flash-attn3": {
+        "__init__.py": INTERFACE.format("flash_attn_interface"), "flash_attn_interface.py": FLASH_3
+    },
+    "kernels-community/flash-attn4": {"__init__.py": INTERFACE.format("interface"), "interface.py": FLASH_4},
+    "kernels-community/aiter-flash-attn-ck": {"__init__.py": INTERFACE.format("mha"), "mha.py": AITER},
+    "SageAttention/sage-attention": {"__init__.py": SAGE},
+    "SageAttention/sage-blackwell": {"__init__.py": SAGE_BLACKWELL},
+}  # fmt: skip

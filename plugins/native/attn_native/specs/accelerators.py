@@ -46,13 +46,17 @@ NPU = BackendSpec(
                 lambda facts: facts.causal and facts.lengths == "more queries",
             ),
             Rule(
+                "more than 256 query heads are excluded: the kernel has so many at most, as its documentation says",
+                lambda facts: facts.heads > 256,
+            ),
+            Rule(
                 "causal excludes packed sequences: whether each has as many keys as queries is not known",
                 lambda facts: facts.causal and facts.mask == "packed",
             ),
         ),
     ),
     context_parallel=ContextParallelSupport(ring=_NO_RING, ulysses=True),
-    compile=No("whether torch_npu's operator traces was not tried; native_math traces"),
+    compile=True,
     unverified="no Ascend was at hand; written against torch_npu's documentation (7.0.0 and 6.0.0), and tried over a stand-in",
 )
 
@@ -100,6 +104,9 @@ XLA = BackendSpec(
         ),
     ),
     context_parallel=ContextParallelSupport(ring=_NO_RING, ulysses=True),
-    compile=No("torch_xla traces no call with segments; native_math traces"),
+    compile=No(
+        "torch_xla compiles by a backend of its own, and its function does not trace with segments, which most lengths need; "
+        "native_math traces"
+    ),
     unverified="no TPU was at hand; written against torch_xla 2.9.0, and tried over a stand-in",
 )
