@@ -196,8 +196,8 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
 
 
 def _finite_cap(softcap: float, dtype: torch.dtype) -> float:
-    """A cap that changes no score, in place of one that overflows in ``dtype``, or would times a gradient."""
-    return min(softcap, 1e150 if dtype == torch.float64 else 1e30)
+    """A cap that changes no score, in place of one that overflows in ``dtype`` or becomes 0, or would times a gradient."""
+    return max(torch.finfo(dtype).tiny, min(softcap, 1e150 if dtype == torch.float64 else 1e30))
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
