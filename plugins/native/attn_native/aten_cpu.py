@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_core.offset import without_offset
 from attn_core.shaping import (
     infinite_lse,
     positive_scale,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _FEW_KEYS = 16  # float32 lanes of the widest vector
 _HALF = (torch.float16, torch.bfloat16)
+_is_compiled = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # how many are on, such as that of fake tensors
 _FLASH = torch._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -58,15 +61,57 @@ def forward(
         deterministic: accepted, always so.
         return_lse: whether the lse is returned too.
     """
-    if causal and query.shape[1] != key.shape[1]:
-        options: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
-        return aten_corner.forward(
-            (forward, backward), query, key, value, scale=scale, return_lse=return_lse, **options
+    queries, keys = query.shape[1], key.shape[1]
+    mask, offset = attn_mask, None
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:
+        mask = additive(attn_mask, torch.float32 if return_lse and query.dtype in _HALF else query.dtype)
+        mask, offset = without_offset(mask, queries, keys, causal=causal)
+    if causal and queries != keys:
+        out, lse = aten_corner.forward(
+            (_part, backward), query, key, value, scale=scale, attn_mask=mask, return_lse=True
         )
-    if return_lse and query.dtype in _HALF:
+        plain = _traced() and not return_lse
+    else:
+        out, lse = _computed(query, key, value, scale=scale, attn_mask=mask, causal=causal, exact=return_lse)
+        plain = not return_lse if _traced() else bool(lse.all())  # no lse of 0, which may stand for -inf
+        lse = lse if plain else _settled(query, key, out, lse, scale=scale, attn_mask=mask, causal=causal)
+    if not return_lse:
+        return out
+    return out, lse if offset is None else lse + offset
+
+
+def _part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask = None,
+    causal: bool = False,
+    return_lse: bool = True,  # noqa: ARG001 - always
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result over some of the keys, and the lse to merge it by: -inf where there is no score but -inf."""
+    out, lse = _computed(query, key, value, scale=scale, attn_mask=attn_mask, causal=causal, exact=True)
+    if not _traced() and bool(lse.all()):
+        return out, lse
+    return out, _settled(query, key, out, lse, scale=scale, attn_mask=attn_mask, causal=causal)
+
+
+def _computed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask,
+    causal: bool,
+    exact: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's result and its lse: 0 where there is no score but -inf; if not ``exact``, rough in half precision."""
+    if exact and query.dtype in _HALF:
         mask = additive(attn_mask, torch.float32)
-        out, lse = forward(
-            query.float(), key.float(), value.float(), scale=scale, attn_mask=mask, causal=causal, return_lse=True
+        out, lse = _computed(
+            query.float(), key.float(), value.float(), scale=scale, attn_mask=mask, causal=causal, exact=True
         )
         return out.to(query.dtype), lse
     if scale <= 0.0:
@@ -91,7 +136,26 @@ def forward(
         out = out[..., :width]
     if query.dtype == torch.float64:
         lse = lse.double()  # it is; a fake one is float32 before torch 2.13
-    return (out, hide_blind(lse, attn_mask, keys=key.shape[1], causal=causal)) if return_lse else out
+    return out, lse
+
+
+def _traced() -> bool:
+    """Whether no number can be asked for."""
+    return _is_compiled() or _dispatch_modes() > 0
+
+
+def _settled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    attn_mask: Mask,
+    causal: bool,
+) -> torch.Tensor:
+    """The lse with -inf where the kernel found no score but -inf: of a mask, or of inputs so large that scores overflow."""
+    return hide_blind(lse, attn_mask, keys=key.shape[1], causal=causal)
 
 
 def backward(
