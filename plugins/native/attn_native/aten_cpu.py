@@ -5,7 +5,9 @@ What the kernel is known to get wrong is kept away from it (seen on torch 2.13):
 - without a mask it takes the maximum of fewer than 16 scores past NaN, and answers 0 to a query whose scores are all NaN;
 - its exp in half precision is off by 5e-5, and so is its lse: where that is asked for, it computes in float32;
 - it reads a float32 mask on float64 wrongly, and a head dim that is not laid out densely, or on torch 2.6 a mask's keys;
-- it reports an lse of 0 for a query that sees nothing, and its backward makes NaN of -inf there.
+- it reports an lse of 0 for a query that sees nothing, and its backward makes NaN of -inf there;
+- it answers 0, with an lse of 0, where all scores that a query sees are -inf, as of infinite inputs: that is NaN here, but in
+  compiled code only where the lse is asked for, since telling costs a pass over query and key.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from attn_core.shaping import (
     widened,
 )
 from attn_native import aten_corner
-from attn_native.aten_masks import Mask, additive, hide_blind
+from attn_native.aten_masks import Mask, additive, hide_blind, seeing
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -75,6 +77,8 @@ def forward(
         out, lse = _computed(query, key, value, scale=scale, attn_mask=mask, causal=causal, exact=return_lse)
         plain = not return_lse if _traced() else bool(lse.all())  # no lse of 0, which may stand for -inf
         lse = lse if plain else _settled(query, key, out, lse, scale=scale, attn_mask=mask, causal=causal)
+    if not plain:
+        out = _nan_where_unseen(out, lse, mask, keys, causal=causal)
     if not return_lse:
         return out
     return out, lse if offset is None else lse + offset
@@ -155,7 +159,26 @@ def _settled(
     causal: bool,
 ) -> torch.Tensor:
     """The lse with -inf where the kernel found no score but -inf: of a mask, or of inputs so large that scores overflow."""
+    if scale != 0.0:
+        reach = query.detach().abs().amax(-1).to(lse.dtype)
+        reach = reach * repeated_heads(key.detach().abs().amax((1, 3), keepdim=True), query.shape[2])[..., 0]
+        large = ~(reach * (query.shape[3] * max(abs(scale), 1.0)) < torch.finfo(lse.dtype).max)
+        overflown = large & (out.detach() == 0.0).all(-1)
+        lse = lse.masked_fill((lse == 0.0) & overflown.transpose(1, 2), float("-inf"))
     return hide_blind(lse, attn_mask, keys=key.shape[1], causal=causal)
+
+
+def _nan_where_unseen(
+    out: torch.Tensor, lse: torch.Tensor, attn_mask: Mask, keys: int, *, causal: bool
+) -> torch.Tensor:
+    """NaN, and a gradient of NaN, for queries that see keys and have no score but -inf."""
+    empty = lse.detach() == float("-inf")
+    if not (_traced() or bool(empty.any())):
+        return out
+    sees = seeing(attn_mask, lse.shape[2], keys, causal=causal)
+    unseen = empty if sees is None else empty & sees
+    factor = torch.ones_like(empty, dtype=out.dtype).masked_fill(unseen, float("nan"))
+    return out * factor.transpose(1, 2).unsqueeze(-1)
 
 
 def backward(
