@@ -11,6 +11,7 @@ import torch
 from attn_core.errors import AttnError, CallRefused
 from attn_core.guard import one_line
 from attn_core.masks import Description, traced
+from attn_core.offset import without_offset
 from attn_core.reading import cast
 
 if TYPE_CHECKING:
@@ -226,14 +227,30 @@ def _differentiated(adapter: Adapter, grad_out: Any, query: Any, key: Any, value
 
 
 def with_backward(adapter: Adapter, query: Any, key: Any, value: Any, **options: Any) -> Any:
-    """Run a forward whose graph the core makes from the backend's ``backward``, by way of the lse."""
+    """Run a forward whose graph the core makes from the backend's ``backward``, by way of the lse.
+
+    A float mask is given without what a whole row of it has in common: its lse would have lost all else.
+    """
     if key is query:  # Dynamo takes no tensor twice
         key = key.view_as(key)
     if value is query or value is key:
         value = value.view_as(value)
+    causal, window_size = options.get("causal", False), options.get("window_size")
+    near, offset = without_offset(
+        options.get("attn_mask"),
+        query.shape[1],
+        key.shape[1],
+        causal=causal,
+        window_size=window_size,
+        dtype=query.dtype,
+    )
+    if offset is not None:
+        options["attn_mask"] = near
     apply: Any = _WithBackward.apply
     out, lse = apply(query, key, value, adapter, options)
-    return (out, lse) if options.get("return_lse") else out
+    if not options.get("return_lse"):
+        return out
+    return out, lse if offset is None else lse + offset
 
 
 # --- the first result of a kind -----------------------------------------------------------------------------------------

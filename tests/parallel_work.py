@@ -99,6 +99,11 @@ def inputs(case):
             mask[:, :, 3] = False
         if case.mask == "float":
             mask = torch.where(mask, torch.randn(mask.shape, dtype=dtype), -torch.inf)
+        if case.mask.startswith("far"):  # rows of a number that swallows every score
+            mask[:, :, 5] = mask[..., :6] = False
+            mask = torch.where(mask, torch.randn(mask.shape, dtype=dtype), -1e300 if dtype == torch.float64 else -1e30)
+        if case.mask == "far_keys":
+            mask = mask[:1, :1, -1:]
         if case.mask == "bool_rows":
             mask = mask[:, :1, :, :1]
         if case.mask == "bool_keys":

@@ -121,6 +121,15 @@ def test_takes_different_lengths_on_each_rank(ranks, shape, lengths, order):
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window_size": (3, 0)}])
+@pytest.mark.parametrize("mask", ["far", "far_keys"])
+@pytest.mark.parametrize("backend", ["native_math", "chunked", "native_flash"])
+def test_rows_of_large_negative_numbers_are_put_together_by_how_many_keys_there_are(ranks, backend, mask, options):
+    case = Case(shape=(3, 1), mask=mask, options=tuple(options.items()), backend=backend)
+    if not refusable(case):
+        agrees(ranks, case)
+
+
 @pytest.mark.parametrize("whole", ["query", "key"])
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2, 2)])
 @pytest.mark.parametrize("mask", ["none", "key_padding", "bool", "packed"])

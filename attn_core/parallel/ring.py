@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from attn_core.errors import CallRefused
+from attn_core.offset import largest, offset_of
 from attn_core.parallel.agreement import agreed, begun
 from attn_core.parallel.communication import Transfer
 from attn_core.parallel.completion import completed, how_many_lengths, lengths_of
@@ -152,15 +153,17 @@ class Ring:
 @torch.library.custom_op("attn_core::ring", mutates_args=())
 def _ring(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Sequence[torch.Tensor], kind: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     found = parsed(kind)
     with alone(found.cp):
         if found.mode == "ring":
             begun(found.cp)
         prepared = agreed(completed(kind, query, key, mask))
         with told(found.cp), torch.no_grad():
-            out, lse = _forward(prepared, query, key, value, _dense(prepared, mask, query))
-            return out, lse, torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
+            near, offset = _without_offset(prepared, _dense(prepared, mask, query), query)
+            out, lse = _forward(prepared, query, key, value, near)
+            lengths = torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
+            return out, lse, _added(lse, mask, offset), lengths
 
 
 def _forward(
@@ -183,13 +186,14 @@ def _(
     query: torch.Tensor,
     key: torch.Tensor,  # noqa: ARG001
     value: torch.Tensor,
-    mask: Sequence[torch.Tensor],  # noqa: ARG001
+    mask: Sequence[torch.Tensor],
     kind: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[3])
     lengths = torch.empty(how_many_lengths(parsed(kind)), dtype=torch.int64, device="cpu")
-    return out, query.new_empty(batch, heads, length, dtype=wide(query.dtype)), lengths
+    lse = query.new_empty(batch, heads, length, dtype=wide(query.dtype))
+    return out, lse, _added(lse, mask, None), lengths
 
 
 def ring(
@@ -207,8 +211,8 @@ def ring(
     Returns:
         The result and the log-sum-exp of this rank's queries.
     """
-    out, lse, _ = _ring(query, key, value, list(mask), kind)  # the lengths are for the backward of compiled code
-    return out, lse
+    out, lse, added, _ = _ring(query, key, value, list(mask), kind)  # the lengths are for the backward of compiled code
+    return out, lse + added if _is_float(mask) else lse
 
 
 # --- backward -----------------------------------------------------------------------------------------------------------
@@ -312,7 +316,8 @@ def ring_backward(
     with alone(cp):
         prepared = agreed(completed(kind, query, key, mask, lengths.tolist()))
         with told(cp), torch.no_grad():
-            return _backward(prepared, (grad_out, query, out, lse), key, value, _dense(prepared, mask, query))
+            near, _ = _without_offset(prepared, _dense(prepared, mask, query), query)
+            return _backward(prepared, (grad_out, query, out, lse), key, value, near)
 
 
 def _backward(
@@ -364,7 +369,8 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     query, key, value, mask, kind = inputs
-    ctx.save_for_backward(query, key, value, *output, *mask)
+    out, lse, _, lengths = output
+    ctx.save_for_backward(query, key, value, out, lse, lengths, *mask)
     ctx.kind = kind
 
 
@@ -398,3 +404,47 @@ def _dense(prepared: Prepared, mask: Sequence[torch.Tensor], query: torch.Tensor
     if kind.mask_once is not None and not kind.mask_once[2]:
         return mask[0].expand(-1, -1, query.shape[1], -1)
     return mask[0]
+
+
+def _is_float(mask: Sequence[torch.Tensor]) -> bool:
+    return bool(mask) and mask[0].is_floating_point()
+
+
+def _added(lse: torch.Tensor, mask: Sequence[torch.Tensor], offset: torch.Tensor | None) -> torch.Tensor:
+    """What the caller's lse has beside that of the backward; nothing at all where the mask is no float one."""
+    if not _is_float(mask):
+        return lse.new_empty(0)
+    added = torch.zeros_like(lse)
+    return added if offset is None else added.add_(offset[..., 0])
+
+
+def _without_offset(
+    prepared: Prepared, mask: torch.Tensor | None, query: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask without what all keys of a row have in common, on whichever rank: partial results are merged by their lse."""
+    if mask is None or not mask.is_floating_point():
+        return mask, None
+    kind = prepared.kind
+    if kind.causal or kind.window_size is not None or not mask.shape[3]:
+        offset = offset_of(_largest_of_pieces(prepared, mask, query.shape[1]))
+    else:
+        offset = offset_of(mask.amax(-1, keepdim=True))
+    if offset is None:
+        return mask, None
+    if query.dtype == torch.float64:
+        mask, offset = mask.double(), offset.double()
+    return mask - offset, offset
+
+
+def _largest_of_pieces(prepared: Prepared, mask: torch.Tensor, queries: int) -> torch.Tensor:
+    """The largest number of the mask among the keys that each query of this rank sees, (., ., Sq, 1)."""
+    cp = prepared.kind.cp
+    found = mask.new_full((*mask.shape[:2], queries, 1), float("-inf"))
+    for step, pieces in enumerate(prepared.course.steps[cp.place[0]]):
+        keys = prepared.key_pieces[(cp.place[0] - step) % cp.ring]
+        for piece in pieces:
+            hidden = options_of(piece, mask, prepared.kind.mask, keys)
+            rows = found.narrow(2, piece.queries.start, piece.queries.length)
+            part = largest(hidden.pop("attn_mask"), piece.queries.length, piece.keys.length, **hidden)
+            torch.maximum(rows, part, out=rows)
+    return found

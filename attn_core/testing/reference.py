@@ -99,6 +99,7 @@ def weights(
         scores = float(softcap) * torch.tanh(scores / float(softcap))
 
     visible = _around_diagonal(queries, keys, causal, window_size).to(query.device).expand(scores.shape)
+    common = torch.zeros(*scores.shape[:-1], 1, dtype=scores.dtype, device=scores.device)
     if isinstance(attn_mask, KeyPadding):
         visible = visible & attn_mask.keep[:, None, None, :]
     elif isinstance(attn_mask, Packed):
@@ -106,12 +107,16 @@ def weights(
     elif isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     elif isinstance(attn_mask, torch.Tensor):
-        scores = scores + attn_mask.double()
         visible = visible & (attn_mask != -torch.inf)
+        mask = attn_mask.double().expand(scores.shape)
+        # what a whole row has in common changes no probability, and as a large number it would swallow the scores
+        seen = mask.detach().masked_fill(~visible, -torch.inf)
+        common = seen.amax(dim=-1, keepdim=True).nan_to_num(0, 0, 0) if keys else common
+        scores = scores + (mask - common)
 
     sees_nothing = ~visible.any(dim=-1, keepdim=True)
     scores = scores.masked_fill(~visible, -torch.inf)
-    lse = scores.detach().logsumexp(dim=-1)
+    lse = scores.detach().logsumexp(dim=-1) + common[..., 0]
     # softmax of nothing but -inf is NaN, and so is its gradient: such rows get scores of 0 first and are cleared afterwards.
     probabilities = scores.masked_fill(sees_nothing, 0).softmax(dim=-1).masked_fill(sees_nothing, 0)
     return probabilities, lse

@@ -14,8 +14,9 @@ What is allowed, and no more:
 ``bounds`` follows these through the computation, element by element, so that a bound is as small as the call allows: with
 P the probabilities and M = |scale| |Q||K|^T the magnitude of the scores,
 
-    scores          dT = growth(D) M + 4 a (|capped| + |mask|)
-    probabilities   dP = P (dT + sum_j P dT + growth(Skv))
+    scores          dT = growth(D) M + 4 a (|capped| + |mask|); beside a large number that a row's keys have in common,
+                    2 |capped| in place of 4 a |mask|: it may swallow the scores, and that is all
+    probabilities   dP = P (dT + sum_j P dT + growth(Skv)), and 1 at most
     result          dO = dP |V| + r(Skv) P |V|                          r(n) = growth(n) + 1.5 e in half precision
     lse             dL = sum_j P dT + growth(Skv) + 4 a |lse|
     gradients       dS = dP |G - D| + P (growth(Dv) |g||V|^T + |g| dO + growth(Dv) |g||O|) + 4 a P (|G| + |D|)
@@ -33,6 +34,8 @@ import torch
 from attn_core.testing.reference import weights
 
 SAFETY = 2
+_FAR = 1e4  # from here on a sum in float32 rounds off more of a score than honest kernels are off elsewhere
+_FREE = 13.8  # a score that is off by so much, with that of other keys, may have got any probability
 
 
 def accumulation_eps(dtype: torch.dtype) -> float:
@@ -142,11 +145,23 @@ class _Analysis:
         self.dropout = 1 if kept is None else kept / (1 - dropout_p)
         with torch.no_grad():
             self.probabilities, self.lse = weights(query, key, **options)
+            self.swallowed = self._swallowed(query, key, options)
         self.score_error = self._score_error()
         mean_error = (self.probabilities * self.score_error).sum(-1, keepdim=True)
-        relative = (self.score_error + mean_error + growth(dtype, key.shape[1])).expm1().clamp(max=1e6)
+        error = self.score_error + mean_error + growth(dtype, key.shape[1])
         self.mean_error = mean_error[..., 0]
-        self.probability_error = self.probabilities * relative + _underflow(dtype)
+        # a probability is 1 at most, whatever its score has become
+        changed = (self.probabilities * error.clamp(max=_FREE).expm1()).masked_fill(self.swallowed & (error > _FREE), 1)
+        self.probability_error = changed.clamp(max=1) + _underflow(dtype)
+
+    def _swallowed(self, query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """Which scores a sum with the mask may lose: in rows whose keys have a large number in common, those of such keys."""
+        if self.mask is None or not key.shape[1]:
+            return torch.zeros_like(self.probabilities, dtype=torch.bool)
+        mask = self.mask.double().expand(self.probabilities.shape)
+        common = mask.gather(-1, self.probabilities.argmax(-1, keepdim=True))
+        seen = weights(query * 0, key * 0, **{**options, "attn_mask": None})[0] > 0
+        return seen & (mask == common) & (common.abs() > _FAR) & common.isfinite()
 
     def bounds(self, grad_out: torch.Tensor | None) -> Bounds:
         out_error = self._product(self.probability_error * self.dropout, self.probabilities * self.dropout, self.value)
@@ -164,9 +179,10 @@ class _Analysis:
         self.capped = scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
         error: torch.Tensor = growth(self.dtype, self.query.shape[3]) * magnitude + 4 * self.eps * self.capped.abs()
         self.capped_error = error
-        if self.mask is not None:
-            error = error + 4 * self.eps * self.mask.double().abs().nan_to_num(posinf=0)
-        return error
+        if self.mask is None:
+            return error
+        rounded: torch.Tensor = 4 * self.eps * self.mask.double().abs().nan_to_num(posinf=0)
+        return error + torch.where(self.swallowed, rounded.minimum(2 * self.capped.abs()), rounded)
 
     def _product(self, error: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """The error of ``left @ right`` when left is off by ``error``."""

@@ -76,6 +76,43 @@ def maximum_taken_before_the_bias(query, key, value, *, attn_mask=None, return_l
     return (out, lse) if return_lse else out
 
 
+class Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, options):
+        out, lse = honest(query, key, value, **{**options, "return_lse": True})
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = {name: option for name, option in options.items() if name not in ("return_lse", "deterministic")}
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        return *honest_backward(grad_out, *ctx.saved_tensors, **ctx.options), None
+
+
+@own("masks[float]")
+def weights_recomputed_from_an_lse_that_lost_the_scores(query, key, value, **options):
+    out, lse = Recomputed.apply(query, key, value, options)
+    return (out, lse) if options.get("return_lse") else out
+
+
+@lie("masks[float]")
+def halves_merged_by_an_lse_that_lost_their_lengths(query, key, value, *, attn_mask=None, return_lse=False, **options):
+    half = key.shape[1] // 2
+    whole = options.get("causal") or options.get("window_size") or not half or attn_mask is None
+    if whole or not (isinstance(attn_mask, torch.Tensor) and attn_mask.is_floating_point()):
+        return honest(query, key, value, attn_mask=attn_mask, return_lse=return_lse, **options)
+    found = []
+    for part in (slice(half), slice(half, None)):
+        seen = attn_mask if attn_mask.shape[3] == 1 else attn_mask[..., part]
+        found.append(honest(query, key[:, part], value[:, part], attn_mask=seen, return_lse=True, **options))
+    (out, lse), (other, other_lse) = found
+    total = torch.logaddexp(lse, other_lse)
+    shares = [(one - total).exp().nan_to_num(0).mT[..., None] for one in (lse, other_lse)]
+    out = (out * shares[0] + other * shares[1]).to(query.dtype)
+    return (out, total) if return_lse else out
+
+
 # --- compiled code ----------------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,9 @@ FORMS: dict[str, tuple[dict[str, Any], ...]] = {
         *_DENSE, {"mask_hides": "far"}, {"mask_hides": "large"}, {"mask_hides": "everything"}, {"mask_dtype": "float32"},
         {"mask_dtype": "float32", "dtype": "float16", "return_lse": True},  # of rounding the mask the lse alone tells
         {"mask_dtype": "float32", "dtype": "bfloat16"},
+        # scores so small that nothing is lost beside a large number: it changes no result and no gradient
+        {"mask_hides": "far", "amplitude": 1e-3, "gradients": ("query", "key", "value")},
+        {"mask_hides": "far", "amplitude": 1e-3, "gradients": (), "causal": False, "window_size": None},
     ),
 }  # fmt: skip
 """For each kind of mask, what it may be like."""

@@ -117,8 +117,9 @@ def _tile(
     scores = torch.einsum("bqhgd,bkhd->bhgqk", rows * call.scale, _wide(call.key[:, keys]))
     slope = None
     if call.softcap is not None:
-        bent = torch.tanh(scores / call.softcap)
-        scores, slope = call.softcap * bent, 1.0 - bent * bent
+        softcap = max(call.softcap, torch.finfo(scores.dtype).tiny)  # less would be 0, and 0 / 0
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1.0 - bent * bent
     added, visible = call.sight.tile(scores, queries, keys)
     if added is not None:
         scores = scores + added

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from attn_core.masks import diagonal_mask
+from attn_core.offset import without_offset
 from attn_core.shaping import (
     aligned,
     infinite_lse,
@@ -18,7 +19,7 @@ from attn_core.shaping import (
     summed_heads,
     widened,
 )
-from attn_native.aten_masks import Mask, additive, brought_near, hide_blind, rows
+from attn_native.aten_masks import Mask, additive, hide_blind, rows
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -79,7 +80,7 @@ def forward(
     if heads != key_heads or head_dim % 8 or width % 8:
         query, key, value = _widened(query, key, value)
     query, key, value = aligned(query), aligned(key), aligned(value)
-    bias, far = brought_near(attn_mask, queries, keys, causal=causal)
+    bias, offset = without_offset(attn_mask, queries, keys, causal=causal)
     compute = _in_graph if torch.compiler.is_dynamo_compiling() or _modes() else _EFFICIENT
     out, lse = compute(
         query,
@@ -102,7 +103,7 @@ def forward(
     if not return_lse:
         return out
     lse = lse[..., :queries]
-    return out, hide_blind(lse if far is None else lse + far, attn_mask, keys=keys, causal=causal)
+    return out, hide_blind(lse if offset is None else lse + offset, attn_mask, keys=keys, causal=causal)
 
 
 def backward(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attn_core.masks import KeyPadding, Packed
+from attn_core.offset import without_offset
 from attn_native.flex_compiled import eager
 from attn_native.flex_forms import attend
 from attn_native.flex_operands import Mask, kind_of, prepare, traced
@@ -47,29 +48,36 @@ def forward(
             return eager(
                 query.detach(), key.detach(), value.detach(), attn_mask, scale, left, right, softcap, lse=return_lse
             )
+    window_size = None if (left, right) == (-1, -1) else (left, right)
+    near, offset = without_offset(attn_mask, query.shape[1], key.shape[1], window_size=window_size)
+    result = _on_gpu(query, key, value, near, scale, left, right, softcap, lse=return_lse)
+    return result if offset is None or not return_lse else (result[0], result[1] + offset)
+
+
+def _on_gpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Mask,
+    scale: float, left: int, right: int, softcap: float | None, *, lse: bool,
+) -> Any:  # fmt: skip
     if traced():
-        form, operands = prepare(query, key, attn_mask, scale, left, right, softcap, lse=return_lse)
+        form, operands = prepare(query, key, attn_mask, scale, left, right, softcap, lse=lse)
         return attend(form, query, key, value, operands)
     batch, _, heads, _ = query.shape
     if batch * heads > _MOST_HEADS and batch > 1:
-        options: dict[str, Any] = {
-            "scale": scale,
-            "window_size": (left, right),
-            "softcap": softcap,
-            "return_lse": return_lse,
-        }
         each = max(_MOST_HEADS // heads, 1)
+        slices = (slice(start, start + each) for start in range(0, batch, each))
         parts = [
-            forward(query[part], key[part], value[part], attn_mask=_sequences(attn_mask, part), **options)
-            for part in (slice(start, start + each) for start in range(0, batch, each))
+            _on_gpu(
+                query[part], key[part], value[part], _sequences(attn_mask, part), scale, left, right, softcap, lse=lse
+            )
+            for part in slices
         ]
-        return tuple(map(torch.cat, zip(*parts, strict=True))) if return_lse else torch.cat(parts)
+        return tuple(map(torch.cat, zip(*parts, strict=True))) if lse else torch.cat(parts)
     if torch.is_grad_enabled() and _requires_grad(query, key, value):
-        result = eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
-        _refuse_changes(result[0] if return_lse else result, query, key, value, attn_mask)
+        result = eager(query, key, value, attn_mask, scale, left, right, softcap, lse=lse)
+        _refuse_changes(result[0] if lse else result, query, key, value, attn_mask)
         return result
     with torch.no_grad():
-        return eager(query, key, value, attn_mask, scale, left, right, softcap, lse=return_lse)
+        return eager(query, key, value, attn_mask, scale, left, right, softcap, lse=lse)
 
 
 def backward(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Mask = torch.Tensor | Description | None
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 def traced() -> bool:
     """Whether the call is being traced, so that nothing may be kept and no other compiled code entered."""
@@ -75,8 +77,8 @@ def prepare(
         low=_scalar(low, torch.int32, device) if form.low else None,
         high=_scalar(high, torch.int32, device) if form.high else None,
         factor=None if usual else _scalar(scale, torch.float32, device),
-        # a cap above 1e30 changes no score, and may be too much for float32
-        softcap=None if softcap is None else _scalar(min(softcap, 1e30), torch.float32, device),
+        # a cap above 1e30 changes no score, and may be too much for float32; too little for it would be 0
+        softcap=None if softcap is None else _scalar(min(max(softcap, _TINY), 1e30), torch.float32, device),
         blocks=blocks,
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attn_core.masks import visible_mask
+from attn_core.offset import without_offset
 
 if TYPE_CHECKING:
     from attn_core.masks import Description
@@ -57,6 +58,9 @@ def forward(
     if softcap is not None:
         softcap = _finite_cap(softcap, scores.dtype)
         scores = softcap * torch.tanh(scores / softcap)
+    attn_mask, offset = without_offset(
+        attn_mask, query.shape[1], key.shape[1], causal=causal, window_size=window_size, dtype=scores.dtype
+    )
     scores, blind = _masked(scores, query, key, attn_mask, causal=causal, window_size=window_size)
     probabilities = torch.softmax(scores, -1)
     if blind is not None:
@@ -68,6 +72,7 @@ def forward(
     if not return_lse:
         return out
     lse = torch.logsumexp(scores.detach(), -1)
+    lse = lse if offset is None else lse + offset
     return out, lse if blind is None else lse.masked_fill(blind[..., 0], _HIDES)
 
 
@@ -196,8 +201,8 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tenso
 
 
 def _finite_cap(softcap: float, dtype: torch.dtype) -> float:
-    """A cap that changes no score, in place of one that overflows in ``dtype``, or would times a gradient."""
-    return min(softcap, 1e150 if dtype == torch.float64 else 1e30)
+    """A cap that changes no score, in place of one that overflows in ``dtype`` or becomes 0, or would times a gradient."""
+    return max(torch.finfo(dtype).tiny, min(softcap, 1e150 if dtype == torch.float64 else 1e30))
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:

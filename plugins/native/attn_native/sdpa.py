@@ -8,7 +8,7 @@ mask that says what the call means. What it is known to get wrong is kept away f
   is made for any length;
 - kernels hide a key by a score of -inf that they scale afterwards, and seek the largest score before scaling (CPU's causal
   gives NaN at scale 0): a scale of 0 or below moves into the query;
-- CPU's exp in half precision is off by 5e-5, and so is the log-sum-exp: where that is asked for, it computes in float32;
+- their log-sum-exp, which the backward needs, loses everything where a row of a float mask is far from 0: that is taken out;
 - what a query that sees nothing gets depends on the kernel: off the CPU it is made to see, and its result cleared.
 """
 
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from attn_core.masks import Description, visible_mask
-from attn_core.shaping import aligned, in_graph, unit_stride
-from attn_native import aten
-from attn_native.aten_masks import brought_near
+from attn_core.masks import Description, Packed, visible_mask
+from attn_core.offset import without_offset
+from attn_core.shaping import aligned, in_graph, positive_scale
+from attn_native import aten, aten_cpu
 from attn_native.math import blind_queries, narrowed
 from attn_native.math import forward as math_forward
 
@@ -100,17 +100,22 @@ def forward(
         return _with_readable_gradient(out) if query.is_cuda and out.requires_grad else out
     if not torch.compiler.is_dynamo_compiling() and type(key.shape[1]) is int:  # it would bind the graph to the lengths
         causal, window_size = narrowed(query.shape[1], key.shape[1], causal=causal, window_size=window_size)
+    if return_lse and query.is_cpu:
+        return _on_cpu(
+            query, key, value, attn_mask, causal=causal, window_size=window_size, scale=scale, dropout_p=dropout_p
+        )
     if scale <= 0.0:
-        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
-    mask, blind = _mask(query, key, attn_mask, causal=causal, window_size=window_size, tell=return_lse)
+        query, scale = positive_scale(query, scale)
+    mask, blind = _mask(query, key, attn_mask, causal=causal, window_size=window_size)
     causal = causal and mask is None
-    far = None
+    offset = None
+    if isinstance(attn_mask, torch.Tensor):
+        mask, offset = without_offset(mask, query.shape[1], key.shape[1])
     if mask is not None and query.is_cuda:
-        near, far = brought_near(mask, query.shape[1], key.shape[1])
-        mask = _readable_mask(cast("torch.Tensor", near), key.shape[1])
+        mask = _readable_mask(mask, key.shape[1])
     if return_lse:
         out, lse = _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
-        return _with_readable_gradient(out), lse if far is None else lse + far
+        return _with_readable_gradient(out), lse if offset is None else lse + offset
     out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     return _with_readable_gradient(out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0))
 
@@ -202,7 +207,6 @@ def _mask(
     *,
     causal: bool,
     window_size: tuple[int, int] | None,
-    tell: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Build the mask that SDPA needs, and which queries see nothing (None: none does, or the kernel knows)."""
     if attn_mask is None and window_size is None and (not causal or query.shape[1] == key.shape[1]):
@@ -212,7 +216,7 @@ def _mask(
             return query.new_zeros(1, 1, 1, 1), None
     mask = written_out(query, key, attn_mask, causal=causal, window_size=window_size)
     never_blind = attn_mask is None and query.shape[1] <= key.shape[1]
-    if never_blind or (query.is_cpu and not tell):
+    if never_blind or query.is_cpu:
         return mask, None
     if mask.dtype == torch.bool:
         blind = blind_queries(mask)
@@ -251,8 +255,7 @@ def _with_lse(
     scale: float,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    compute = _on_cpu if query.is_cpu else _elsewhere
-    out, lse = compute(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+    out, lse = _elsewhere(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
     lse = lse.detach()
     if blind is None:
         return out, lse
@@ -263,46 +266,36 @@ def _on_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | Description | None,
     *,
     causal: bool,
+    window_size: tuple[int, int] | None,
     scale: float,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = query.dtype
-    if dtype in _HALF:
-        query, key, value = query.float(), key.float(), value.float()
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if not _takes_flash(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p):
-        result = math_forward(
-            query, key, value, scale=scale, attn_mask=mask, causal=causal, dropout_p=dropout_p, return_lse=True
-        )
-        out, lse = cast("tuple[torch.Tensor, torch.Tensor]", result)
-        return out.to(dtype), lse
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout_p, causal, attn_mask=None if mask is None else unit_stride(mask), scale=scale
-    )
-    return out.transpose(1, 2).to(dtype), lse.detach().clone() if out.requires_grad else lse
+    bias = attn_mask if isinstance(attn_mask, torch.Tensor) else None
+    options: dict[str, Any] = {"attn_mask": attn_mask, "causal": causal, "scale": scale, "return_lse": True}
+    if not _takes_flash(q, k, v, bias, dropout_p=dropout_p):
+        result = math_forward(query, key, value, window_size=window_size, dropout_p=dropout_p, **options)
+        return cast("tuple[torch.Tensor, torch.Tensor]", result)
+    traced = torch.compiler.is_dynamo_compiling()  # where flash's two calls would bind the graph to the lengths
+    corner = causal and traced and query.shape[1] != key.shape[1]
+    if window_size is not None or isinstance(attn_mask, Packed) or corner:
+        options["attn_mask"] = written_out(query, key, attn_mask, causal=causal, window_size=window_size)
+        options["causal"] = False
+    out, lse = aten_cpu.forward(query, key, value, **options)
+    return out, lse.detach().clone() if out.requires_grad else lse
 
 
 def _takes_flash(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, dropout_p: float
 ) -> bool:
     """Whether SDPA would choose the fused kernel for CPU, the only one there; its own answer can't be traced."""
     if torch.compiler.is_dynamo_compiling():
         fits = dropout_p == 0.0 and q.shape[3] == v.shape[3] and not (mask is not None and mask.requires_grad)
         return fits and q.stride(3) == 1 and k.stride(3) == 1 and v.stride(3) == 1
-    return choice_of(q, k, v, mask, causal=causal, scale=scale, dropout_p=dropout_p) == FLASH
+    return choice_of(q, k, v, mask, causal=False, scale=1.0, dropout_p=dropout_p) == FLASH
 
 
 def choice_of(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from attn_core import attention
 from attn_core.declaration import Backward
 from attn_core.facts import Facts
 from attn_core.masks import KeyPadding
@@ -386,3 +389,25 @@ def test_the_backward_is_narrower_only_in_what_it_says(spec: Any) -> None:
     for alternative in spec.alternatives:
         assert alternative.backward is True or isinstance(alternative.backward, Backward)
         assert alternative.lse
+
+
+def test_code_compiled_for_any_length_asks_for_few_relations_of_lengths():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    call = partial(attention, causal=True, backend="native_flash")
+    compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
+    for queries, keys in [
+        (20, 33),
+        (19, 80),
+        (33, 20),
+        (80, 30),
+        (50, 50),
+        (30, 100),
+        (100, 3),
+        (3, 5),
+        (5, 7),
+        (6, 6),
+    ]:
+        query, key = torch.randn(1, queries, 2, 8), torch.randn(1, keys, 1, 8)
+        assert_close(compiled(query, key, key), reference(query, key, key, causal=True)[0], torch.float32, "out")
+    assert counter.frame_count <= 3  # fewer queries, more, as many

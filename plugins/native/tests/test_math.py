@@ -73,6 +73,17 @@ def test_a_softcap_beyond_the_range_of_the_dtype_caps_nothing(softcap, dtype):
     assert_right(dtype=dtype, softcap=softcap)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("softcap", [1e-40, 1e-50, 1e-310])  # subnormal in float32, 0 there, and subnormal in float64
+def test_a_softcap_below_the_range_of_the_dtype_leaves_all_scores_alike(softcap, dtype):
+    query, key, value = drawn(2, 9, 12, dtype=dtype)
+    with torch.no_grad():
+        query[:, 1] = 0.0  # and its scores: they are 0 / 0 where the cap is
+    out = call(query, key, value, softcap=softcap)
+    torch.testing.assert_close(out, value.float().mean(1, keepdim=True).to(dtype).expand_as(out), rtol=1e-2, atol=1e-2)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (query, key, value)))
+
+
 # --- queries that see nothing -------------------------------------------------------------------------------------------
 
 
