@@ -396,7 +396,18 @@ def test_code_compiled_for_any_length_asks_for_few_relations_of_lengths():
     counter = CompileCounterWithBackend("eager")
     call = partial(attention, causal=True, backend="native_flash")
     compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
-    for queries, keys in [(20, 33), (19, 80), (33, 20), (80, 30), (50, 50), (30, 100), (100, 3), (3, 5), (5, 7), (6, 6)]:
+    for queries, keys in [
+        (20, 33),
+        (19, 80),
+        (33, 20),
+        (80, 30),
+        (50, 50),
+        (30, 100),
+        (100, 3),
+        (3, 5),
+        (5, 7),
+        (6, 6),
+    ]:
         query, key = torch.randn(1, queries, 2, 8), torch.randn(1, keys, 1, 8)
         assert_close(compiled(query, key, key), reference(query, key, key, causal=True)[0], torch.float32, "out")
     assert counter.frame_count <= 3  # fewer queries, more, as many
