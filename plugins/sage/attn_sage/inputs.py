@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_core.errors import CallRefused
+from attn_core.shaping import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,7 +165,8 @@ def padded(
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inputs of a kernel, laid out as it insists on: with as many values as smooth keys, with causal queries too."""
-    return unit_stride(_longer(query, missing) if causal else query), smoothed, unit_stride(_longer(value, missing))
+    query = _longer(query, missing) if causal else query
+    return aligned(query), aligned(smoothed), aligned(_longer(value, missing))
 
 
 def _longer(tensor: torch.Tensor, missing: int) -> torch.Tensor:
@@ -215,8 +217,3 @@ def divide(out: torch.Tensor, share: torch.Tensor, power: torch.Tensor) -> torch
     """The result for real keys alone and for values without their power of two; 0 for a query that sees none."""
     power = power.repeat_interleave(out.shape[2] // power.shape[2], 2)
     return torch.where(share != 0, out.float() / share.float() / power, 0.0).to(out.dtype)
-
-
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """Lay the last dimension out densely, as the kernels insist on."""
-    return tensor if tensor.stride(3) == 1 else tensor.clone(memory_format=torch.contiguous_format)
