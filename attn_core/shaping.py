@@ -86,6 +86,10 @@ def infinite_lse(lse: torch.Tensor) -> torch.Tensor:
     return lse.nan_to_num(float("nan"), float("inf"), float("inf"))  # one launch
 
 
+_SPLIT_QUERIES = 64 * 512
+"""Up to how many queries, of all sequences and heads, keys may be split: two blocks of 64 to each multiprocessor of a GPU."""
+
+
 def natural_lse(lse: torch.Tensor, out: torch.Tensor, nothing: float = float("inf")) -> torch.Tensor:
     """The lse of a kernel that gives one number to a query that sees nothing (result 0) and to one that met a NaN.
 
@@ -96,9 +100,17 @@ def natural_lse(lse: torch.Tensor, out: torch.Tensor, nothing: float = float("in
 
     Returns:
         -inf for a query that sees nothing, NaN for one that met a NaN, and the lse of the others.
+
+    Where there are few blocks of queries, FlashAttention splits the keys, and puts the parts together as if one with a NaN
+    in its scores had seen nothing: a finite lse. A NaN in scores is in each column of the result, so the two ends are asked;
+    what has NaN in both of them alone, as values may, is taken for it.
     """
-    first = out.detach()[..., 0].transpose(-1, -2)
-    return torch.where(lse == nothing, first - lse if nothing > 0 else first + lse, lse)
+    out = out.detach()
+    first = out[..., 0].transpose(-1, -2)
+    lse = torch.where(lse == nothing, first - lse if nothing > 0 else first + lse, lse)
+    if lse.numel() > _SPLIT_QUERIES:
+        return lse
+    return lse.masked_fill(torch.fmax(first, out[..., -1].transpose(-1, -2)).isnan(), float("nan"))
 
 
 def needs_graph(*tensors: Any) -> bool:

@@ -14,12 +14,10 @@ from attn_core import KeyPadding, Packed, attention
 from attn_core.parallel import (
     ContextParallel,
     agreement,
-    attending,
     communication,
     gathering,
     heads,
     merge,
-    overlapping,
     part,
     ring,
     rows,
@@ -197,22 +195,6 @@ def agrees(case):
     for name, tensor in wanted.items():
         assert_close(found[name], tensor, getattr(torch, case.dtype), name)
     return True
-
-
-def in_halves(case, what="errors"):
-    """``errors``, ``agrees`` or ``streams`` where heads are exchanged in halves, however little there is to send."""
-    halved = []
-
-    def worthwhile(text, query):
-        halved.append(overlapping.halves_of(text))
-        return halved[-1]
-
-    right = attending.worthwhile
-    attending.worthwhile = worthwhile
-    try:
-        return globals()[what](case), halved[0] is not None
-    finally:
-        attending.worthwhile = right
 
 
 def streams(case):

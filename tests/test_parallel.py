@@ -318,38 +318,6 @@ def test_a_ring_sends_key_heads_alone_and_gradients_in_float32(ranks):
         assert both == {"keys": 6 * chunk, "gradients": 4 * chunk}
 
 
-HALVED = [
-    Case(shape=(1, 2), heads=(8, 4), options=(("causal", True),)),
-    Case(shape=(1, 2), heads=(12, 6), mask="key_padding", queries=17),  # two and one
-    Case(shape=(1, 4), heads=(8, 8), dims=(8, 4), mask="packed", strided=True),
-    Case(shape=(1, 4), heads=(16, 8), keys=24, options=(("causal", True),), lengths=(5, 0, 8, 3)),
-]
-
-
-@pytest.mark.parametrize("case", HALVED, ids=str)
-def test_heads_exchanged_in_halves_are_what_one_device_computes(ranks, case):
-    (found, halved), *others = ranks.run("in_halves", case, on=world(case))
-    assert halved
-    assert all(other[1] for other in others)
-    assert max(found.values()) < 1e-10
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(shape=(1, 2), heads=(4, 2)),
-        Case(shape=(1, 2), heads=(10, 5)),
-        Case(shape=(1, 4), heads=(8, 2)),
-        Case(shape=(1, 2), heads=(8, 4), mask="bool"),
-        Case(shape=(1, 2), heads=(8, 4), whole="key"),
-        Case(shape=(2, 2), heads=(8, 4)),
-    ],
-    ids=str,
-)
-def test_heads_that_have_no_alike_halves_are_exchanged_at_once(ranks, case):
-    assert not any(halved for _, halved in ranks.run("in_halves", case, on=world(case)))
-
-
 def test_ulysses_sends_each_head_once(ranks):
     case = Case(shape=(1, 4), queries=32, heads=(8, 4), dims=(8, 4), dtype="float32", batch=1)
     rows = 8 * 3 * 4  # positions of this rank, to three others, in bytes
@@ -472,17 +440,6 @@ def test_cuda_kernels_are_right_among_ranks(gpu_ranks, shape, backend):
     for order, causal, queries in itertools.product(("zigzag", "contiguous"), (False, True), (256, 301)):
         case = on_gpu(shape, backend, order=order, queries=queries, options=(("causal", causal),))
         assert all(gpu_ranks.run("agrees", case, on=world(case)))
-
-
-@pytest.mark.parametrize("shape", [(1, 2), (1, 4)], ids=str)
-@pytest.mark.parametrize("backend", ["native_flash", "native_cudnn", "native_efficient"])
-@pytest.mark.parametrize("what", ["agrees", "streams"])
-def test_cuda_exchanges_in_halves_wait_for_one_another(gpu_ranks, shape, backend, what):
-    options = (("causal", True),)
-    case = Case(
-        shape=shape, backend=backend, device="cuda", dtype="bfloat16", dims=(64, 64), heads=(16, 8), queries=1024, options=options
-    )  # fmt: skip
-    assert all(found == (True, True) for found in gpu_ranks.run("in_halves", case, what, on=world(case)))
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)], ids=str)

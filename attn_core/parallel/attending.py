@@ -19,7 +19,6 @@ from attn_core.parallel.gathering import gathered, taken
 from attn_core.parallel.kind import Kind
 from attn_core.parallel.layout import even
 from attn_core.parallel.merge import wide
-from attn_core.parallel.overlapping import in_halves, worthwhile
 from attn_core.parallel.ring import ring
 from attn_core.parallel.scope import suspended
 from attn_core.parallel.ulysses import exchange_of, over_heads
@@ -157,12 +156,9 @@ class _Call:
         elif kind.mode == "ring":
             out, lse = ring(self.query, self.key, self.value, tensors_of(self.attn_mask), kind.text)
         else:
-            given = self.query, self.key, self.value, self.attn_mask, partial(self._attend, kind)
-            halves = worthwhile(kind.text, self.query)
-            if halves is None:
-                out, lse = over_heads(exchange_of(kind.text), *given)
-            else:
-                out, lse = in_halves(halves, self.cp.ulysses, *given)
+            out, lse = over_heads(
+                exchange_of(kind.text), self.query, self.key, self.value, self.attn_mask, partial(self._attend, kind)
+            )
         if whole_query:
             out = gathered(self.cp, out, 1, rows)
             lse = gathered(self.cp, lse, 2, rows) if kind.return_lse else lse

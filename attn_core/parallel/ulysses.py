@@ -86,7 +86,13 @@ def over_heads(
         mask: of the whole sequence; a dense one with this rank's rows.
         attend: computes query, key, value and mask of these heads.
     """
-    query, key, value = there(how, query, key, value)
+    rows = list(how.query)
+    if how.key is not None:
+        query, key, value = _to_heads([query, key, value], [*rows, *how.key, *how.key], how.text)
+    else:
+        query = _to_heads([query], rows, how.text)[0]
+        heads = slice(*how.key_heads)
+        key, value = key[:, :, heads], value[:, :, heads]
     if isinstance(mask, torch.Tensor):
         if how.rows is not None:
             mask = all_rows(mask, list(how.rows), how.text)
@@ -95,21 +101,6 @@ def over_heads(
         out, lse = _no_heads(query, key, value)
     else:
         out, lse = attend(query, key, value, mask)
-    return back(how, out, lse)
-
-
-def there(how: Exchange, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Query, key and value of all positions and this place's heads."""
-    rows = list(how.query)
-    if how.key is not None:
-        return tuple(_to_heads([query, key, value], [*rows, *how.key, *how.key], how.text))
-    heads = slice(*how.key_heads)
-    return _to_heads([query], rows, how.text)[0], key[:, :, heads], value[:, :, heads]
-
-
-def back(how: Exchange, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result, and the lse where asked, of this rank's positions and all heads."""
-    rows = list(how.query)
     out = _to_positions([out], rows, how.text)[0]
     if not how.return_lse:
         return out, lse

@@ -65,7 +65,7 @@ def run(options):
         }
         works = {name: way for name, way in ways.items() if not isinstance(errors[name], str)}
         for tokens in options.tokens:
-            taken = measured(options, works, tokens, device) if works else {}
+            taken = measured(options, (ring, ulysses), works, tokens, device) if works else {}
             for name in ways:
                 row = {"backend": backend, "tokens": tokens, "way": name, "errors": errors[name], **taken.get(name, {})}
                 found.append(row)
@@ -204,9 +204,11 @@ def errors_of(options, cp, way, device):
     return errors
 
 
-def measured(options, ways, tokens, device):
+def measured(options, contexts, ways, tokens, device):
     """Milliseconds forward and with backward of each, taking turns, and MiB."""
     *leaves, grad = drawn(options, tokens, device)
+    for cp in contexts:  # or its ranks would ask one another at each call
+        cp.layout(dist.get_world_size() * tokens)
     calls = 3 if tokens <= 8192 else 1
     found = {name: {} for name in ways}
     for direction in ("forward", "both"):

@@ -17,7 +17,7 @@ from reporting import keep, table
 from torch.distributed.device_mesh import DeviceMesh
 
 from attn_core import AttnError, attention
-from attn_core.parallel import ContextParallel, gathering, overlapping, ring
+from attn_core.parallel import ContextParallel, gathering, ring
 from attn_core.parallel.communication import Transfer
 from attn_core.testing import reference
 
@@ -237,8 +237,6 @@ def times(options, contexts, device):
                     "x",
                     "ulysses",
                     "x",
-                    "ulysses, all heads at once",
-                    "x",
                 ],
                 rows,
             )
@@ -248,7 +246,7 @@ def times(options, contexts, device):
 def row_of(tokens, way, taken):
     """The cells of one length and direction."""
     share = taken["share"]
-    cells = [cell for name in ("ring", "still", "ulysses", "at once") for cell in (taken[name], taken[name] / share)]
+    cells = [cell for name in ("ring", "still", "ulysses") for cell in (taken[name], taken[name] / share)]
     return [tokens, way, share, *cells]
 
 
@@ -266,7 +264,6 @@ def at_length(options, contexts, backend, causal, tokens, device):
     for nth, direction in enumerate(("forward", "both")):
         functions = {name: way[nth] for name, way in ways.items()}
         functions["still"] = without_sending(functions["ring"])
-        functions["at once"] = exchanged_at_once(functions["ulysses"])
         calls, rounds = (3, options.rounds) if tokens <= 8192 else (1, min(options.rounds, 5))
         found[direction] = together(functions, rounds, calls, warm=1)
         found[direction]["share"] /= world
@@ -295,19 +292,6 @@ def without_sending(function):
             function()
 
     return still
-
-
-def exchanged_at_once(function):
-    """The same where ulysses exchanges all heads before it computes any."""
-
-    def at_once():
-        kept, overlapping.LEAST_BYTES = overlapping.LEAST_BYTES, float("inf")
-        try:
-            function()
-        finally:
-            overlapping.LEAST_BYTES = kept
-
-    return at_once
 
 
 @contextmanager

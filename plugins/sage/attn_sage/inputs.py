@@ -183,12 +183,13 @@ def counts_others(keys: int, keep: torch.Tensor | None, missing: int) -> bool:
 
 
 def fitted(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values times a power of two that brings the largest of a head to some 8,000, and that power, (B, 1, Hkv, 1) in float32.
+    """Values times a power of two that brings the largest of a head to some 200, and that power, (B, 1, Hkv, 1) in float32.
 
-    A result that is to be divided by a small share is small itself, and in float16 would have no digits left.
+    No more, since kernels add a block of up to 128 of them in float16. A result that is to be divided by a small share is
+    small itself, and in float16 would have no digits left.
     """
     largest = value.abs().amax((1, 3), keepdim=True).float()
-    power = torch.exp2(torch.floor(13.0 - torch.log2(largest))).clamp(2.0**-100, 2.0**100)
+    power = torch.exp2(torch.floor(8.0 - torch.log2(largest))).clamp(2.0**-100, 2.0**100)
     power = torch.where(largest.isfinite() & (largest > 0.0), power, 1.0)
     return (value.float() * power).to(value.dtype), power
 

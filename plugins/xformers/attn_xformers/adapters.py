@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_core.masks import Packed, traced
+from attn_core.offset import without_offset
 from attn_core.packed_calls import Kernel, Options, Starts, attend, differentiate, options_of
 from attn_core.shaping import aligned, positive_scale, query_sign, widened
 from attn_xformers.bias import dense_bias, hidden_rows
@@ -206,11 +207,15 @@ def _with_bias(
     width = value.shape[3]
     query, options, _ = _scaled(query, options)
     query, key, value = _shaped(query, key, value)
-    bias = dense_bias(attn_mask, query, key.shape[1])
+    near, offset = without_offset(attn_mask, query.shape[1], key.shape[1])
+    bias = dense_bias(near, query, key.shape[1])
     out, lse = call(query, key, value, operator.given(bias, None, options), lse=return_lse)
     blind = hidden_rows(attn_mask)
     out = out[..., :width].masked_fill(blind.transpose(1, 2).unsqueeze(3), 0.0)
-    return (out, lse.masked_fill(blind, float("-inf"))) if return_lse else out
+    if not return_lse:
+        return out
+    lse = lse if offset is None else lse + offset
+    return out, lse.masked_fill(blind, float("-inf"))
 
 
 def _with_bias_backward(

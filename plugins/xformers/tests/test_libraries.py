@@ -8,6 +8,7 @@ from xformers.ops.fmha import operators
 
 from attn_core import KeyPadding, attention
 from attn_core.facts import Facts
+from attn_core.testing import reference
 from attn_xformers.specs import CUTLASS, FLASH, SPLITK, XFORMERS
 
 
@@ -85,6 +86,18 @@ def test_what_a_mask_says_once_is_not_written_out(shape, keys, monkeypatch):
     assert bias.shape == (2, 4, 64, keys)
     assert bias.untyped_storage().nbytes() <= mask.untyped_storage().nbytes()
     assert (bias.data_ptr() == mask.data_ptr()) is (keys == 64 or mask.stride(2) % 8 == 0)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_row_of_the_smallest_numbers_hides_nothing(gradients):
+    query, key = half(1, 3, 2, 16), half(1, 5, 2, 16)
+    mask = half(1, 1, 3, 5).masked_fill(torch.tensor([False, True, False])[:, None], torch.finfo(torch.bfloat16).min)
+    out, lse = attention(
+        query.requires_grad_(gradients), key, key, attn_mask=mask, return_lse=True, backend="xformers_standin"
+    )
+    expected, expected_lse = reference(query.detach(), key, key, attn_mask=mask)
+    torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-5)
 
 
 def test_key_padding_for_cutlass_is_one_row_for_each_sequence(monkeypatch):

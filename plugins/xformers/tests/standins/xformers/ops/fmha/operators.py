@@ -178,10 +178,16 @@ def forward(operator, query, key, value, bias, scale):
     return out, lse
 
 
+LOST = -2.4e38
+"""A row of scores below this is taken for one that sees nothing, with a log-sum-exp of 0."""
+
+
 def added(query, key, value, bias, scale):
     scores = torch.einsum("bihd,bjhd->bhij", query.float(), key.float()) * scale + bias.float()
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    lost = (scores.amax(-1) < LOST) & (lse != -torch.inf)
+    weights, lse = weights.masked_fill(lost[..., None], 0), lse.masked_fill(lost, 0)
     return torch.einsum("bhij,bjhd->bihd", weights, value.float()).to(query.dtype), lse
 
 
