@@ -12,7 +12,8 @@ from old_torch import FOLLOWS_SCOPES, TAKES_TANGENTS, follows_scopes, told
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
-from attn_core import AttnError, KeyPadding, Packed, attention, bind, selection, set_backend, use_backend
+from attn_core import AttnError, KeyPadding, Packed, attention, bind, loading, selection, set_backend, use_backend
+from attn_core.running import with_backward
 
 pytestmark = pytest.mark.usefixtures("stubs")
 
@@ -344,3 +345,39 @@ def test_without_guarded_objects_the_default_is_followed_and_an_open_scope_refus
 def scoped(query):
     with use_backend("beta"):
         return attention(query, query, query)
+
+
+def test_a_result_that_ends_in_a_conversion_to_its_own_dtype_keeps_its_gradient():
+    """torch 2.11 gave zeros, in silence."""
+
+    def forward(query, key, value, *, scale, return_lse=False):
+        scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+        out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), value).to(query.dtype)
+        return (out, scores.logsumexp(-1)) if return_lse else out
+
+    def backward(grad_out, query, key, value, out, lse, *, scale):
+        return grad_out * 2, torch.zeros_like(key), torch.zeros_like(value)
+
+    torch._dynamo.reset()
+    adapter = loading.Adapter(forward, backward, "acme")
+    call = torch.compile(
+        lambda *tensors: with_backward(adapter, *tensors, scale=1.0), backend="aot_eager", fullgraph=True
+    )
+    tensors = [torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(1, 4, 2, 8)
+    found = torch.autograd.grad((call(*tensors) * weights).sum(), tensors)
+    torch.testing.assert_close(found[0], 2 * weights)
+
+
+@pytest.mark.parametrize("lengths", [(20, 33), (3, 20), (20, 20)])
+@pytest.mark.parametrize("backend", ["native_flash", "native", "native_math"])
+def test_compiled_gradients_are_right_where_causal_lengths_differ(backend, lengths):
+    torch._dynamo.reset()
+    tensors = [torch.randn(1, length, 2, 8, requires_grad=True) for length in (lengths[0], lengths[1], lengths[1])]
+    call = torch.compile(
+        lambda *tensors: attention(*tensors, causal=True, backend=backend), backend="aot_eager", fullgraph=True
+    )
+    weights = torch.randn(1, lengths[0], 2, 8)
+    found = torch.autograd.grad((call(*tensors) * weights).sum(), tensors)
+    expected = torch.autograd.grad((attention(*tensors, causal=True, backend="native_math") * weights).sum(), tensors)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

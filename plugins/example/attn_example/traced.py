@@ -40,7 +40,8 @@ def gradients(
 def _flat(call: Call) -> tuple[Any, ...]:
     """A call as arguments of an operator, which takes tensors and numbers only."""
     left, right, ends, *tensors = call.sight
-    return (*call[:-1], left, right, ends is None, *tensors)
+    *given, _ = call  # not a slice, which torch 2.6 does not trace of a named tuple
+    return (*given, left, right, ends is None, *tensors)
 
 
 def _call(

@@ -181,7 +181,7 @@ def _run(
     *,
     return_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    scale, causal, left, right, softcap = options[:5]
+    scale, causal, left, right, softcap, *_ = options
     given: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "softcap": softcap, "return_lse": return_lse}
     if left >= 0:
         given["window_size_left"] = left
@@ -225,7 +225,8 @@ _GIVEN = (
 
 def _flat(lengths: torch.Tensor | None, starts: Starts | None, options: Options) -> tuple[Any, ...]:
     """What an operator is given of them, in the order of its schema."""
-    return (lengths, *(starts or (None,) * 4), *options[:5])
+    scale, causal, left, right, softcap, *_ = options  # not a slice, which torch 2.6 does not trace of a named tuple
+    return (lengths, *(starts or (None,) * 4), scale, causal, left, right, softcap)
 
 
 def _unflat(given: tuple[Any, ...], **others: Any) -> tuple[torch.Tensor | None, Starts | None, Options]:

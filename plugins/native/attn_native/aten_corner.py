@@ -151,7 +151,9 @@ def merge(
     finite = lse.masked_fill(lse == float("-inf"), 0.0)
     share_a = (lse_a - finite).exp().transpose(1, 2).unsqueeze(-1)
     share_b = (lse_b - finite).exp().transpose(1, 2).unsqueeze(-1)
-    return (out_a * share_a + out_b * share_b).to(out_a.dtype), lse
+    out = out_a * share_a + out_b * share_b
+    # not so where nothing is to do: Dynamo of torch 2.11 then loses the gradient of what ``_Merged`` saves and returns
+    return out if out.dtype == out_a.dtype else out.to(out_a.dtype), lse
 
 
 class _Merged(torch.autograd.Function):

@@ -108,7 +108,7 @@ class _Operator:
 
     def given(self, bias: torch.Tensor | None, starts: Starts | None, options: Options) -> Given:
         """The call in the words of xformers. One query for each sequence would be taken for no causal call."""
-        scale, causal, left, right = options[:4]
+        scale, causal, left, right, *_ = options  # not a slice, which torch 2.6 does not trace
         causal = causal or right == 0  # of one diagonal there is one class, with a window or without
         if starts is None:
             return Given(self.which, bias, None, None, 0, 0, scale, causal, left, right)
