@@ -112,8 +112,7 @@ def _computed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     missing = missing_keys(kernel.block, key.shape[1], causal=causal)
     divided = not causal and counts_others(key.shape[1], keep, missing)
-    if divided:
-        value, power = fitted(value if keep is None else hide(value, keep))
+    value, power = (value, None) if keep is None else fitted(hide(value, keep))
     smoothed = smooth(query, key, keep, missing)
     taken = _taken(query, smoothed.mean) * scale if return_lse else None
     if scale < 0:

@@ -74,8 +74,7 @@ def _attend(
     with on_device(query), torch.no_grad():
         missing = missing_keys(BLOCK, key.shape[1], causal=causal)
         divided = not causal and counts_others(key.shape[1], keep, missing)
-        if divided:
-            value, power = fitted(value if keep is None else hide(value, keep))
+        value, power = (value, None) if keep is None else fitted(hide(value, keep))
         inputs = padded(query, smooth(query, key, keep, missing).key, value, missing, causal=causal)
         out = _kernel(*inputs, scale, causal)
         if causal:

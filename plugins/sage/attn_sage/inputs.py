@@ -182,12 +182,14 @@ def counts_others(keys: int, keep: torch.Tensor | None, missing: int) -> bool:
     return keep is not None or missing > NEGLIGIBLE * keys
 
 
-def fitted(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values times a power of two that brings the largest of a head to some 200, and that power, (B, 1, Hkv, 1) in float32.
+def fitted(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Values in float16 times a power of two that brings the largest of a head to some 200, and that power, (B, 1, Hkv, 1).
 
-    No more, since kernels add a block of up to 128 of them in float16. A result that is to be divided by a small share is
-    small itself, and in float16 would have no digits left.
+    A result that is to be divided by a small share is small itself, and in float16 would have no digits left. No more than
+    200, since kernels add a block of up to 128 of them in float16. Other dtypes have digits enough: None.
     """
+    if value.dtype != torch.float16:
+        return value, None
     largest = value.abs().amax((1, 3), keepdim=True).float()
     power = torch.exp2(torch.floor(8.0 - torch.log2(largest))).clamp(2.0**-100, 2.0**100)
     power = torch.where(largest.isfinite() & (largest > 0.0), power, 1.0)
@@ -214,7 +216,9 @@ def share_of(
     return weigh(ones.expand(value.shape))
 
 
-def divide(out: torch.Tensor, share: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+def divide(out: torch.Tensor, share: torch.Tensor, power: torch.Tensor | None) -> torch.Tensor:
     """The result for real keys alone and for values without their power of two; 0 for a query that sees none."""
+    if power is None:
+        return torch.where(share != 0, out / share, 0.0)
     power = power.repeat_interleave(out.shape[2] // power.shape[2], 2)
     return torch.where(share != 0, out.float() / share.float() / power, 0.0).to(out.dtype)
