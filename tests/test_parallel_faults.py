@@ -62,7 +62,7 @@ def test_a_rank_that_makes_no_call_is_named(pool, shape):
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
 def test_a_kernel_that_raises_in_the_backward_is_told_of(pool, shape):
     answers = run(pool, "breaks_in_the_backward", shape)
-    assert answers[1][0] == "ValueError"
+    assert answers[1][0] in {"ValueError", "KernelFailed"}  # which names the backend where the core calls it
     for kind, message, seconds in answers[::2]:
         assert kind == "RankFailed"
         assert "rank 1 failed: ValueError: the kernel of this rank broke" in message
