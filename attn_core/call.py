@@ -35,9 +35,10 @@ _BROUGHT = ("softcap", "dropout_p", "attn_mask")
 _MASK_ALONE = ("attn_mask",)
 _NONE_DROPPED = 0.0
 
-# What has been admitted before: the facts of a call ->
-# (what runs it, scale where none is given, options brought or None, the backend's name for messages).
-_memory: dict[tuple[Any, ...], tuple[Callable[..., Any], float, tuple[str, ...] | None, str]] = {}
+# What has been admitted before: the facts of a call -> (what runs it, scale where none is given, options brought or None).
+_memory: dict[tuple[Any, ...], tuple[Callable[..., Any], float, tuple[str, ...] | None]] = {}
+_names: dict[tuple[Any, ...], str] = {}
+"""The backend of each, for messages."""
 
 # Bound once: a look-up through two modules on each call would cost a tenth of the whole.
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -47,6 +48,7 @@ _grad_enabled = torch._C.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _forward_ad = torch.autograd.forward_ad
+_traced_scopes = selection.traced_scopes
 _remembered: Any = _memory.get
 
 
@@ -189,7 +191,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
                 raise ValueError  # noqa: TRY301 - refused with care below
         if backend is not None:
             choice: Any = backend
-        elif selection.varied or selection.traced_scopes:
+        elif selection.varied or _traced_scopes:
             choice = _varied_choice()
         else:  # no scope was ever open
             choice = selection._default
@@ -238,7 +240,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
             "dropout_p": dropout_p, "deterministic": deterministic, "return_lse": return_lse, "parallel": None,
         }  # fmt: skip
         return _first_call(kind, query, key, value, options, backend)
-    run, usual_scale, brought, name = found
+    run, usual_scale, brought = found
     if scale is None:
         scale = usual_scale
     try:
@@ -252,7 +254,7 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         check_tensors(query, key, value)  # what no kernel takes and no fact tells, as sparse tensors
         check_mask(attn_mask, query, key)
         check_raised(error, query, key, value, attn_mask)
-        raise_failure(name, error, query, key, value)
+        raise_failure(_names.get(kind, "the backend"), error, query, key, value)
 
 
 # --- parts of the key -------------------------------------------------------------------------------------------------
@@ -355,9 +357,11 @@ def _first_call(kind: Any, query: Any, key: Any, value: Any, options: dict[str, 
     if kind is not None:
         if len(_memory) >= KINDS_REMEMBERED:
             _memory.clear()
+            _names.clear()
         names = tuple(brought) or None
         names = _MASK_ALONE if names == _MASK_ALONE else names  # the same object, which the call compares
-        _memory[kind] = (run, default_scale(call.facts.head_dim), names, admitted.row.name)
+        _names[kind] = admitted.row.name
+        _memory[kind] = (run, default_scale(call.facts.head_dim), names)
     return result
 
 
@@ -399,6 +403,7 @@ def _with_fixed(run: Callable[..., Any], fixed: dict[str, Any]) -> Callable[...,
 def forget() -> None:
     """Forget every remembered kind of call, as when backends are discovered again."""
     _memory.clear()
+    _names.clear()
     warming.forget()
 
 
