@@ -33,6 +33,18 @@ class Starts(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
 
+    def bounded(self, options: Options) -> Starts:
+        """The same with bounds that FlashAttention-2 can be given; that is all that it needs the lengths for.
+
+        At most one query per sequence would make it take every sequence to have one; where no sequence has a key, its
+        backward would start a grid of no blocks, which is an error of CUDA. An open right side it takes for the longest
+        sequence of keys, which is too little where there are more queries.
+        """
+        longest_q, longest_k = max(self.max_seqlen_q, 2), max(self.max_seqlen_k, 1)
+        if options.open_diagonal:
+            longest_k = longest_k + longest_q
+        return Starts(self.cu_seqlens_q, self.cu_seqlens_k, longest_q, longest_k)
+
 
 class Options(NamedTuple):
     """The options of one call, as kernels take them: -1 is an unlimited side, 0.0 no softcap."""

@@ -198,9 +198,8 @@ class _WithBackward(torch.autograd.Function):
         if options.get("deterministic"):
             ctx.options["deterministic"] = True
         ctx.mark_non_differentiable(lse)
-        if (
-            torch.compiler.is_compiling()
-        ):  # Dynamo of torch 2.11 loses the gradient of a saved result that ends in a ``to`` of its dtype
+        # Dynamo of torch 2.11 loses the gradient of a saved result that ends in a ``to`` of its own dtype
+        if torch.compiler.is_compiling():
             out = out.view_as(out)
         return out, lse
 

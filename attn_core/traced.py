@@ -51,9 +51,8 @@ def traced_attention(query: Any, key: Any, value: Any, *, backend: Any, parallel
             constant(side + 1) - 1 if isinstance(side, int) and side >= -1 else side for side in window
         )
     softcap, dropout_p = options["softcap"], options["dropout_p"]
-    if (
-        isinstance(softcap, (int, float)) and not softcap > 0
-    ):  # what is refused is written out, as no symbolic number can be
+    # what is refused is written out, as no symbolic number can be
+    if isinstance(softcap, (int, float)) and not softcap > 0:
         options["softcap"] = plain(float(softcap))
     if isinstance(dropout_p, (int, float)) and not 0 <= dropout_p < 1:
         options["dropout_p"] = plain(float(dropout_p))

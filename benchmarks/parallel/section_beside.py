@@ -8,7 +8,6 @@ What is not installed has no row; what fails has one that says so.
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 from reporting import keep, table
-from section_overlap import drawn, error, named, synchronize, together
+from section_overlap import drawn, error, named, started, synchronize, together
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -44,13 +43,7 @@ def add_options(parser):
 
 
 def run(options):
-    local = int(os.environ["LOCAL_RANK"])
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpu else "gloo", **({"device_id": torch.device("cuda", local)} if gpu else {}))
-    device = "cuda" if gpu else "cpu"
-    ranks = torch.arange(dist.get_world_size())
+    device, ranks = started()
     ring = ContextParallel(DeviceMesh(device, ranks, mesh_dim_names=("ring",)))
     ulysses = ContextParallel(DeviceMesh(device, ranks, mesh_dim_names=("ulysses",)))
     found, columns = [], ["backend", "tokens a rank", "", "forward", "x attn", "both", "x attn", "MiB", *PARTS]

@@ -44,13 +44,7 @@ def add_options(parser):
 
 
 def run(options):
-    local = int(os.environ["LOCAL_RANK"])
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpu else "gloo", **({"device_id": torch.device("cuda", local)} if gpu else {}))
-    device = "cuda" if gpu else "cpu"
-    ranks = torch.arange(dist.get_world_size())
+    device, ranks = started()
     contexts = {
         mode: ContextParallel(DeviceMesh(device, ranks, mesh_dim_names=(mode,))) for mode in ("ring", "ulysses")
     }
@@ -63,6 +57,16 @@ def run(options):
     if dist.get_rank() == 0:
         keep(options.json, "overlap", results)
     dist.destroy_process_group()
+
+
+def started():
+    """Join the ranks that torchrun has started: the type of device, and the numbers of all."""
+    local = int(os.environ["LOCAL_RANK"])
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if gpu else "gloo", **({"device_id": torch.device("cuda", local)} if gpu else {}))
+    return "cuda" if gpu else "cpu", torch.arange(dist.get_world_size())
 
 
 def said(*arguments):

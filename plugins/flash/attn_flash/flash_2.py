@@ -93,7 +93,7 @@ class _Kernel:
         if starts is None:
             found = flash_attn_func(query, key, value, *given)
         else:
-            found = flash_attn_varlen_func(query, key, value, *_bounds(starts, options), *given)
+            found = flash_attn_varlen_func(query, key, value, *starts.bounded(options), *given)
         if not return_lse:
             return found, None
         out, lse, _ = found
@@ -125,7 +125,7 @@ class _Kernel:
         if starts is None:
             _flash_attn_backward(grad_out, query, key, value, out, lse, *grads, *given)
         else:
-            bounds = _bounds(starts, options)
+            bounds = starts.bounded(options)
             _flash_attn_varlen_backward(grad_out, query, key, value, out, lse, *grads, *bounds, *given)
         return grads
 
@@ -140,15 +140,3 @@ def _beyond(query: torch.Tensor, key: torch.Tensor, options: Options) -> bool:
 def _as_packed(query: torch.Tensor, key: torch.Tensor) -> Starts:
     batch = torch.arange(query.shape[0] + 1, dtype=torch.int32, device=query.device)
     return Starts(batch * query.shape[1], batch * key.shape[1], query.shape[1], key.shape[1])
-
-
-def _bounds(starts: Starts, options: Options) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Bounds of the lengths, which is all that the kernel needs them for.
-
-    At most one query per sequence would make the kernel take every sequence to have one; where no sequence has a key, the
-    backward would start a grid of no blocks, which is an error of CUDA.
-    """
-    longest_q, longest_k = max(starts.max_seqlen_q, 2), max(starts.max_seqlen_k, 1)
-    if options.open_diagonal:
-        longest_k = longest_k + longest_q
-    return starts.cu_seqlens_q, starts.cu_seqlens_k, longest_q, longest_k

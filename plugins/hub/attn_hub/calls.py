@@ -61,20 +61,10 @@ class Library(NamedTuple):
             if starts is None:
                 found = self.module.flash_attn_func(query, key, value, **given)
             else:
-                found = self.module.flash_attn_varlen_func(query, key, value, *bounds(starts), **given)
+                found = self.module.flash_attn_varlen_func(query, key, value, *starts.bounded(options), **given)
         if not return_lse:
             return found[0] if self.always_tuple else found, None
         return found[0], natural_lse(found[1], found[0])
-
-
-def bounds(starts: Starts) -> Starts:
-    """Bounds of the lengths that a kernel can be given.
-
-    At most one query per sequence would make flash-attn 2 take every sequence to have one; where no sequence has a key, its
-    backward would start a grid of no blocks, which is an error of CUDA.
-    """
-    longest_q, longest_k = max(starts.max_seqlen_q, 2), max(starts.max_seqlen_k, 1)
-    return starts._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
 
 
 class _Kernel:

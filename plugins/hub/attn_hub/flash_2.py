@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_core.shaping import infinite_lse
-from attn_hub.calls import Library, bounds, flash
+from attn_hub.calls import Library, flash
 from attn_hub.fetching import loaded
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def _gradients(module: Any, *given: Any) -> Tensors:
     if starts is None:
         functions._flash_attn_backward(*tensors, *grads, *rest)  # noqa: SLF001 - what the library's graph calls
     else:
-        functions._flash_attn_varlen_backward(*tensors, *grads, *bounds(starts), *rest)  # noqa: SLF001
+        functions._flash_attn_varlen_backward(*tensors, *grads, *starts.bounded(options), *rest)  # noqa: SLF001
     return grads
 
 

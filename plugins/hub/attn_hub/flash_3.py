@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_hub.calls import Library, bounds, flash
+from attn_hub.calls import Library, flash
 from attn_hub.fetching import loaded
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def _gradients(module: Any, *given: Any) -> Tensors:
     starts: Starts | None = given[6]
     options: Options = given[7]
     grads = (torch.empty_like(tensors[1]), torch.empty_like(tensors[2]), torch.empty_like(tensors[3]))
-    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = (None,) * 4 if starts is None else bounds(starts)
+    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = (None,) * 4 if starts is None else starts.bounded(options)
     places = (cu_seqlens_q, cu_seqlens_k, None, None, longest_q, longest_k)
     rest = (options.scale, options.causal, -1, -1, 0.0, options.deterministic)
     module.flash_attn_interface._flash_attn_backward(*tensors, *places, *grads, *rest)  # noqa: SLF001 - the library's graph does

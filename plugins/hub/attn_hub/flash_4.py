@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attn_hub.calls import Library, bounds, flash
+from attn_hub.calls import Library, flash
 from attn_hub.fetching import loaded
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def _gradients(module: Any, *given: Any) -> Tensors:
     starts: Starts | None = given[6]
     options: Options = given[7]
     grad_out, query, key, value, out, lse = tensors
-    places: dict[str, Any] = {} if starts is None else bounds(starts)._asdict()
+    places: dict[str, Any] = {} if starts is None else starts.bounded(options)._asdict()
     dq, dk, dv = module.interface._flash_attn_bwd(  # noqa: SLF001 - what the library's graph calls
         query, key, value, out, grad_out, lse, softmax_scale=options.scale, causal=options.causal, **places
     )
