@@ -33,6 +33,7 @@ class Library(NamedTuple):
         lse_option: the option that asks for the lse, which is then the second result.
         always_tuple: whether the lse is returned, maybe as None, where it is not asked for.
         knows_deterministic: whether it takes ``deterministic``.
+        nothing: the lse of a query that sees nothing, and of one that met a NaN.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Library(NamedTuple):
     lse_option: str = "return_attn_probs"
     always_tuple: bool = False
     knows_deterministic: bool = True
+    nothing: float = float("inf")
 
     def run(
         self,
@@ -64,7 +66,10 @@ class Library(NamedTuple):
                 found = self.module.flash_attn_varlen_func(query, key, value, *starts.bounded(options), **given)
         if not return_lse:
             return found[0] if self.always_tuple else found, None
-        return found[0], natural_lse(found[1], found[0])
+        nothing = (
+            self.nothing if key.numel() else float("inf")
+        )  # without any key in a packed call all have +inf, or -inf as meant
+        return found[0], natural_lse(found[1], found[0], nothing)
 
 
 class _Kernel:

@@ -39,5 +39,6 @@ forward, backward = flash(
         lse_option="return_lse",
         always_tuple=True,
         knows_deterministic=False,
+        nothing=float("-inf"),
     )
 )

@@ -86,6 +86,16 @@ def test_padding_that_hides_every_key_is_a_result_and_gradients_of_zero(name):
     assert not any(grad.any() for grad in gradients(out, tensors))
 
 
+@pytest.mark.parametrize("name", FLASH)
+def test_a_nan_in_the_scores_is_in_the_lse(name, monkeypatch):
+    monkeypatch.setattr("attn_core.shaping._SPLIT_QUERIES", 0)  # as of a call of many queries
+    query, key, value = inputs(gradients=False)
+    query[0, 6, 1, 0] = torch.nan
+    _, lse = attention(query, key, value, causal=True, return_lse=True, backend=f"{name}_on_cpu")
+    assert lse[0, 1, 6].isnan()
+    assert int(lse.isnan().sum()) == 1
+
+
 @pytest.mark.parametrize("mask", [LEFT, HOLES, NOTHING], ids=["left", "holes", "nothing"])
 @pytest.mark.parametrize("name", ALL)
 def test_causal_with_padding_hides_what_is_padded_and_moves_no_diagonal(name, mask):

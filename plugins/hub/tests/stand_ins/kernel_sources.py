@@ -34,6 +34,7 @@ def attend(q, k, v, scale, causal, blind_lse):
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     lse = scores.logsumexp(-1).masked_fill(blind[..., 0], blind_lse)
+    lse = lse.masked_fill(lse.isnan(), blind_lse)
     return (weights @ repeated(q, v)).transpose(-2, -3), lse
 
 def gradients(grad, q, k, v, out, lse, scale, causal, blind_lse):
