@@ -66,9 +66,8 @@ class Library(NamedTuple):
                 found = self.module.flash_attn_varlen_func(query, key, value, *starts.bounded(options), **given)
         if not return_lse:
             return found[0] if self.always_tuple else found, None
-        nothing = (
-            self.nothing if key.numel() else float("inf")
-        )  # without any key in a packed call all have +inf, or -inf as meant
+        # without any key in a packed call it is +inf in all of them, or -inf as it is meant
+        nothing = self.nothing if key.numel() else float("inf")
         return found[0], natural_lse(found[1], found[0], nothing)
 
 
