@@ -184,8 +184,15 @@ def attention(  # noqa: C901, PLR0912, PLR0915 - on the way of every call, where
         dtypes: Any = dtype
         if key.dtype is not dtype or value.dtype is not dtype:  # autocast may make them one
             dtypes = (dtype, key.dtype, value.dtype)
-        device: Any = "cpu"  # a device costs more to read, to hash and to compare
-        if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        device: Any = "cpu"  # a device costs more to read, to hash and to compare, and more than its number
+        if query.is_cpu:
+            if not (key.is_cpu and value.is_cpu):
+                raise ValueError  # noqa: TRY301 - refused with care below
+        elif query.is_cuda:
+            device = query.get_device()
+            if key.get_device() != device or value.get_device() != device:
+                raise ValueError  # noqa: TRY301 - refused with care below
+        else:
             device = query.device
             if key.device != device or value.device != device:
                 raise ValueError  # noqa: TRY301 - refused with care below
