@@ -153,8 +153,10 @@ def attend(
             out = out[..., : value.shape[3]]
     else:
         out, lse = _masked(kernel, query, key, value, attn_mask, options, return_lse=return_lse)
-    if out.requires_grad:
-        out.register_hook(aligned)  # what a library's own graph is given; ``differentiate`` does it for the others
+    if out.requires_grad and not _is_traced():
+        # What a library's own graph is given; ``differentiate`` does it for the others. In traced code alignment would be
+        # decided once, and on torch 2.11 a graph with a hook finds no lengths that may vary.
+        out.register_hook(aligned)
     return (out, lse) if return_lse else out
 
 
