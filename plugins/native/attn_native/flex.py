@@ -9,6 +9,7 @@ import torch
 
 from attn_core.masks import KeyPadding, Packed
 from attn_core.offset import without_offset
+from attn_core.shaping import natural_lse
 from attn_native.flex_compiled import eager
 from attn_native.flex_forms import attend
 from attn_native.flex_operands import Mask, kind_of, prepare, traced
@@ -51,7 +52,11 @@ def forward(
     window_size = None if (left, right) == (-1, -1) else (left, right)
     near, offset = without_offset(attn_mask, query.shape[1], key.shape[1], window_size=window_size)
     result = _on_gpu(query, key, value, near, scale, left, right, softcap, lse=return_lse)
-    return result if offset is None or not return_lse else (result[0], result[1] + offset)
+    if not return_lse:
+        return result
+    out, lse = result
+    lse = natural_lse(lse, out, -torch.inf)  # the kernel for few queries says of NaN alone what it says of nothing seen
+    return out, lse if offset is None else lse + offset
 
 
 def _on_gpu(

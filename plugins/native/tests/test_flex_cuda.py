@@ -239,3 +239,12 @@ def test_more_heads_than_a_grid_has_places_for(kind):
     found = torch.autograd.grad(out, (query, key, value), grad)
     for one, other in zip(found, torch.autograd.grad(expected, (query, key, value), grad.double()), strict=True):
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("queries", [5, 200])
+def test_a_query_of_nan_has_it_in_its_lse(queries):
+    query, key, value = (tensor.detach() for tensor in tensors(2, queries, 300))
+    query[0, 2, 1, 7] = torch.nan
+    out, lse = attention(query, key, value, backend="flex", return_lse=True)
+    assert out[0, 2, 1].isnan().all()
+    assert lse.isnan().nonzero().tolist() == [[0, 1, 2]]
