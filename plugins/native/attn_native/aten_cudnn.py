@@ -69,10 +69,10 @@ def forward(  # noqa: C901 - functions of its parts would cost more than they do
     traced = _is_traced()
     if traced:
         query, key, value = _unexpanded_in_graph(query), _unexpanded_in_graph(key), _unexpanded_in_graph(value)
-    else:
-        query = query if query.is_contiguous() and not query.storage_offset() % 8 else unexpanded(query)
-        key = key if key.is_contiguous() and not key.storage_offset() % 8 else unexpanded(key)
-        value = value if value.is_contiguous() and not value.storage_offset() % 8 else unexpanded(value)
+    elif not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous()) or (
+        query.storage_offset() or key.storage_offset() or value.storage_offset()
+    ):
+        query, key, value = unexpanded(query), unexpanded(key), unexpanded(value)
     graph = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     result = (_CUDNN_IN_GRAPH if traced else _CUDNN)(
         _transpose(query, 1, 2),
