@@ -92,8 +92,10 @@ class _Kernel:
             return out, None if lse is None else lse.unflatten(1, (batch, -1)).transpose(0, 1)
         scale, causal, left, right, softcap, dropout_p, deterministic = options
         if starts is None and not needs_graph(query, key, value):
-            given = (dropout_p, scale, causal, left, right, softcap, None, False)
-            out, lse, *_ = _flash_attn_forward(query, key, value, *given)
+            sides = (left, right)
+            out, lse, *_ = _flash_attn_forward(
+                query, key, value, dropout_p, scale, causal, *sides, softcap, None, False
+            )
             return out, natural_lse(lse, out) if return_lse else None
         given = (dropout_p, scale, causal, (left, right), softcap, None, deterministic, return_lse)
         if starts is None:
