@@ -18,6 +18,9 @@ _NEAR_IN_HALF = (
     256.0  # from here on a difference that half precision can't have exactly is of a key that weighs nothing
 )
 
+_TAKEN = "attn_offset_taken"
+"""Attribute of a mask that was returned here, which the core may give to an adapter that asks for the same."""
+
 _is_traced = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _are_transformed = torch._C._are_functorch_transforms_active
@@ -55,6 +58,8 @@ def without_offset(
     """
     if not isinstance(attn_mask, torch.Tensor) or not attn_mask.is_floating_point():
         return attn_mask, None
+    if getattr(attn_mask, _TAKEN, False):
+        return attn_mask, None
     known = attn_mask.detach()
     bounded = causal or window_size is not None
     if bounded and _asks(known) and _near_on_diagonal(known, queries, keys):
@@ -67,6 +72,8 @@ def without_offset(
     near = attn_mask - offset
     if bounded:  # a key that is not seen may be so much larger that it overflows, and kernels add -inf to it
         near = near.masked_fill((near == float("inf")) & (offset != 0.0), 0.0)
+    if not _is_traced():
+        setattr(near, _TAKEN, True)
     return near, offset[..., 0]
 
 

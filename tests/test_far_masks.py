@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_core import attention
 from attn_core.offset import without_offset
@@ -126,3 +127,12 @@ def test_a_mask_that_all_rows_share_is_shared_still():
     near, offset = without_offset(torch.full((1, 1, 1, 4), -1e9), 300, 4)
     assert (near.shape, offset.shape) == ((1, 1, 1, 4), (1, 1, 1))
     assert not near.any()
+
+
+def test_a_mask_is_not_copied_a_second_time():
+    with FakeTensorMode():  # nobody can look at its numbers, as nobody does on a GPU
+        near, offset = without_offset(torch.full((1, 1, 3, 5), -1e9), 3, 5)
+        again, nothing = without_offset(near, 3, 5)
+    assert offset is not None
+    assert again is near
+    assert nothing is None

@@ -78,8 +78,9 @@ def hidden_rows(attn_mask: torch.Tensor | KeyPadding) -> torch.Tensor:
     """Which queries see nothing, bool, broadcastable to (B, Hq, Sq)."""
     if isinstance(attn_mask, KeyPadding):
         return ~attn_mask.keep.any(-1)[:, None, None]
-    visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != float("-inf")
-    return ~visible.any(-1)
+    if attn_mask.dtype == torch.bool:
+        return ~attn_mask.any(-1)
+    return attn_mask.detach().amax(-1) == float("-inf")  # with nothing of (Sq, Skv) beside the mask
 
 
 def _added(attn_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
