@@ -68,7 +68,7 @@ def admit(choice: Choice | None, facts: Facts, chosen_by: str) -> Admitted:
             return _admit_one(name, facts)
         except AttnError as error:
             if len(names) > 1 and isinstance(error, BackendNotUsable) and registry.mistyped(name):
-                raise
+                raise refusal({name: error}, chosen_by, "") from error
             refused[name] = error
             log.info("%s passed over: %s", name, error)
     raise refusal(refused, chosen_by, "can run this call")
@@ -116,7 +116,7 @@ def refusal(refused: dict[str, AttnError], chosen_by: str, what: str) -> AttnErr
     ((name, error),) = refused.items()
     if not isinstance(error, BackendNotUsable):
         return CallRefused(str(error))
-    return BackendNotUsable(f"{VARIABLE}={name}: {error}" if VARIABLE in chosen_by else str(error))
+    return BackendNotUsable(f"{chosen_by}: {error}" if VARIABLE in chosen_by else str(error))
 
 
 def _together(refused: dict[str, AttnError], what: str) -> AttnError:

@@ -88,6 +88,9 @@ def _check_module(module: Any) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         msg = f"bind: found a {type(module).__name__}, whose code makes no call of attention; {accepted}"
         raise AttnError(msg)
+    if type(module).forward is torch.nn.Module.forward and "forward" not in module.__dict__:
+        msg = f"bind: found a {type(module).__name__}, which is never called itself; {accepted}. Bind each module in it"
+        raise AttnError(msg)
     if isinstance(module, LazyModuleMixin) and module.cls_to_become is not None:
         msg = (
             f"bind: found a {type(module).__name__}, which changes its class at its first call; "

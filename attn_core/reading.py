@@ -223,13 +223,16 @@ def needs_graph(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(item, torch.Tensor) and item.requires_grad for item in tensors)
 
 
+_NO_KERNEL_LEFT = ("No viable backend for scaled_dot_product_attention", "No available kernel. Aborting execution.")
+
+
 def check_raised(error: Exception, query: Any, key: Any, value: Any, attn_mask: Any) -> None:
     """Refuse, where torch has raised for it, what it does not let a call have.
 
     That is its kernels, where the user has switched them off, and tensors of inference mode that the call would have kept
     for its backward.
     """
-    if "No viable backend for scaled_dot_product_attention" in str(error):
+    if any(words in str(error) for words in _NO_KERNEL_LEFT):
         msg = (
             "torch's scaled_dot_product_attention: found no kernel of it that is switched on and takes this call; accepted: one "
             "that does. Next: make the call outside of torch.nn.attention.sdpa_kernel(...), which leaves only some of them (as "

@@ -268,11 +268,11 @@ def consistent_choice(choice: Choice | None) -> Choice | None:
         _note(choice)
         return choice
     _require_noted(choice)
-    if any(scope.graph_task == task and not scope.closed for scope in scopes()) or _used <= {choice}:
+    if any(scope.graph_task == task and not scope.closed for scope in scopes()) or set(map(listed, _used)) <= {listed(choice)}:
         return choice
     if _recomputes_without_note():
         return _before_varied
-    seen = ", ".join(sorted(" then ".join(listed(used)) for used in _used))
+    seen = ", ".join(sorted({" then ".join(listed(used)) for used in _used}))
     form, step = (
         ("a reentrant ", "Use checkpoint(..., use_reentrant=False)") if _hooks_known else ("", "Use torch 2.8 or later")
     )

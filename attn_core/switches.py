@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from attn_core.installed import normalized
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
+
+    from attn_core.record import Row
 
 DISABLE = "ATTN_DISABLE"
 ONLY = "ATTN_ONLY"
@@ -58,6 +60,17 @@ class Switches(NamedTuple):
         return any(
             item.isidentifier() and item not in known and normalized(item) not in known for item in self.only or ()
         )
+
+
+    def idle(self, rows: Iterable[Row]) -> list[str]:
+        """What concerns none of these rows, each with its variable: a slip of the keyboard would switch nothing off."""
+        shown = [(row.distribution or "", (row.name, *row.aliases)) for row in rows]
+        return [
+            f"{variable}: {item!r} matches nothing that is installed here"
+            for variable, items in ((DISABLE, self.disable), (ONLY, self.only or ()))
+            for item in items
+            if not any(_concerns(item, distribution, names) for distribution, names in shown)
+        ]
 
 
 def _items(variable: str) -> tuple[str, ...]:

@@ -227,6 +227,15 @@ def test_modernbert_which_sees_a_window_on_both_sides_and_speaks_of_determinism_
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("kind", ["MPNet", "Bloom"])
+def test_a_model_whose_own_code_would_read_the_masks_is_refused(kind):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=0, eos_token_id=1)
+    model = getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="attn")
+    with pytest.raises(CallRefused, match=f"{kind}Config.*of its own.*eager.*{kind}PreTrainedModel"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
 def test_a_model_with_attention_sinks_is_refused():
     config = transformers.GptOssConfig(
         **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},

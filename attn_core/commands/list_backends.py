@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from attn_core import listing, registry
 from attn_core.commands import look
+from attn_core.switches import Switches
 
 if TYPE_CHECKING:
     import argparse
@@ -26,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the list."""
     look()
     rows = _probed() if arguments.probe else registry.list_backends()
+    for line in Switches.from_environment().idle(rows):
+        print(line, file=sys.stderr)  # noqa: T201
     print(listing.as_json(rows) if arguments.json else listing.as_table(rows, listing.width_of(sys.stdout)))  # noqa: T201
     return 0
 

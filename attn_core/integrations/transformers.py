@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -34,7 +34,7 @@ from attn_core.masks import packed_mask
 from attn_core.parallel import scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from attn_core.parallel.context import ContextParallel
 
@@ -248,6 +248,9 @@ def attention_mask(
 ) -> torch.Tensor | PartialMask | None:
     """Make the mask of a layer type, as transformers asks for it once per forward.
 
+    Refused for models that transformers does not hold to support its attention interface: their own code would read this
+    mask as another.
+
     None is returned only where the layer's own "causal" (bottom-right) or "everything" says the same: no padding, no
     window that cuts, and for causal the last query on the last key. A static cache, whose empty slots lie behind the
     last query, always gets a mask.
@@ -257,6 +260,7 @@ def attention_mask(
     Returns:
         None, or bool broadcastable to (B, 1, Sq, Skv), True may attend. Padding alone is (B, 1, 1, Skv).
     """
+    _refuse_models_of_their_own(type(others.get("config")))
     parallel = _in_force()
     if parallel is not None:
         sizes = (batch_size, q_length, kv_length)
@@ -288,6 +292,33 @@ def attention_mask(
         allow_is_bidirectional_skip=False,
         **others,
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refuse_models_of_their_own(config: type) -> None:
+    """Refuse a configuration all of whose models have attention of their own, and so may read any mask as theirs."""
+    if config in _supported:
+        return
+    models = [model for model in _models(PreTrainedModel) if model.config_class is config]
+    if any(model._supports_attention_backend or model._supports_sdpa for model in models) or not models:
+        _supported.add(config)
+        return
+    msg = (
+        f"{config.__name__}: found a model with attention code of its own, to which transformers hands attn's masks and not its "
+        'calls; accepted: models that use the attention interface of transformers. Next: attn_implementation="eager"; or, in '
+        f"a model of yours that does use it, _supports_attention_backend = True in {models[0].__name__}"
+    )
+    raise CallRefused(msg)
+
+
+_supported: set[type] = set()
+"""Configurations whose models use the interface, or of which none is known."""
+
+
+def _models(kind: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:
+    for model in kind.__subclasses__():
+        yield model
+        yield from _models(model)
 
 
 def _partial_mask(

@@ -125,7 +125,7 @@ def _computed(
         query, key, value = _alike(query, key, value)
     mask = additive(attn_mask, query.dtype)
     if mask is None and (_is_compiled() or key.shape[1] < _FEW_KEYS):  # compiled code is not to depend on the length
-        mask = torch.zeros((1, 1, 1, 1), dtype=query.dtype)
+        mask = query.new_zeros((1, 1, 1, 1))
     out, lse = _FLASH(
         unit_stride(query).transpose(1, 2),
         unit_stride(key).transpose(1, 2),
@@ -175,7 +175,7 @@ def _nan_where_unseen(
     empty = lse.detach() == float("-inf")
     if not (_traced() or bool(empty.any())):
         return out
-    sees = seeing(attn_mask, lse.shape[2], keys, causal=causal)
+    sees = seeing(attn_mask, lse.shape[2], keys, causal=causal, device=lse.device)
     unseen = empty if sees is None else empty & sees
     factor = torch.ones_like(empty, dtype=out.dtype).masked_fill(unseen, float("nan"))
     return out * factor.transpose(1, 2).unsqueeze(-1)
@@ -220,11 +220,17 @@ def backward(
         scale=scale,
     )
     grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)
+    grad_query = _narrow(grad_query, head_dim)
     return (
-        grad_query[..., :head_dim] if sign == 1.0 else grad_query[..., :head_dim] * sign,
-        summed_heads(grad_key, key_heads)[..., :head_dim],
-        summed_heads(grad_value, key_heads)[..., :value_head_dim],
+        grad_query if sign == 1.0 else grad_query * sign,
+        _narrow(summed_heads(grad_key, key_heads), head_dim),
+        _narrow(summed_heads(grad_value, key_heads), value_head_dim),
     )
+
+
+def _narrow(grad: torch.Tensor, width: int) -> torch.Tensor:
+    """Without what a head dim was widened by; a slice of everything has no rule for ``is_grads_batched``."""
+    return grad if grad.shape[3] == width else grad[..., :width]
 
 
 def _alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:

@@ -41,19 +41,19 @@ def hide_blind(lse: torch.Tensor, attn_mask: Mask, *, keys: int, causal: bool) -
         keys: how many keys there are.
         causal: whether query i sees keys up to ``i + keys - Sq`` only.
     """
-    sees = seeing(attn_mask, lse.shape[2], keys, causal=causal) if attn_mask is not None else None
+    sees = seeing(attn_mask, lse.shape[2], keys, causal=causal, device=lse.device) if attn_mask is not None else None
     return lse if sees is None else lse.masked_fill(~sees, float("-inf"))
 
 
-def seeing(attn_mask: Mask, queries: int, keys: int, *, causal: bool) -> torch.Tensor | None:
+def seeing(attn_mask: Mask, queries: int, keys: int, *, causal: bool, device: torch.device) -> torch.Tensor | None:
     """Which queries see any key, broadcastable to (B, H, Sq); None where all do.
 
     Example:
-        >>> seeing(torch.tensor([[[[True, False], [False, False]]]]), 2, 2, causal=False)
+        >>> seeing(torch.tensor([[[[True, False], [False, False]]]]), 2, 2, causal=False, device=torch.device("cpu"))
         tensor([[[ True, False]]])
     """
     if attn_mask is None:
-        return torch.arange(keys - queries, keys) >= 0 if causal and queries > keys else None
+        return torch.arange(keys - queries, keys, device=device) >= 0 if causal and queries > keys else None
     if isinstance(attn_mask, KeyPadding):
         visible = attn_mask.keep[:, None, None, :]
     else:
@@ -62,7 +62,7 @@ def seeing(attn_mask: Mask, queries: int, keys: int, *, causal: bool) -> torch.T
     if not causal:
         return sees
     first = visible.to(torch.uint8).argmax(-1)
-    return sees & (first <= torch.arange(keys - queries, keys, device=sees.device))
+    return sees & (first <= torch.arange(keys - queries, keys, device=device))
 
 
 def rows(attn_mask: Mask, start: int) -> Mask:

@@ -42,15 +42,15 @@ def forward(
     left, right = window_size or (-1, -1)
     if causal:
         right = 0
-    if query.device.type == "cpu":
-        if traced():
-            return _opaque(query, key, value, attn_mask, scale, left, right, softcap)
-        with torch.no_grad():
-            return eager(
-                query.detach(), key.detach(), value.detach(), attn_mask, scale, left, right, softcap, lse=return_lse
-            )
     window_size = None if (left, right) == (-1, -1) else (left, right)
     near, offset = without_offset(attn_mask, query.shape[1], key.shape[1], window_size=window_size)
+    if query.device.type == "cpu":
+        if traced():
+            return _opaque(query, key, value, near, scale, left, right, softcap)
+        with torch.no_grad():
+            return eager(
+                query.detach(), key.detach(), value.detach(), near, scale, left, right, softcap, lse=return_lse
+            )
     result = _on_gpu(query, key, value, near, scale, left, right, softcap, lse=return_lse)
     if not return_lse:
         return result
