@@ -113,7 +113,7 @@ def refusal(refused: dict[str, AttnError], chosen_by: str, what: str) -> AttnErr
     """One error of those of each name, none of which could do ``what``."""
     if len(refused) > 1:
         return _together(refused, f"(chosen by {chosen_by}) {what}")
-    ((name, error),) = refused.items()
+    (error,) = refused.values()
     if not isinstance(error, BackendNotUsable):
         return CallRefused(str(error))
     return BackendNotUsable(f"{chosen_by}: {error}" if VARIABLE in chosen_by else str(error))

@@ -62,7 +62,7 @@ def without_offset(
         return attn_mask, None
     known = attn_mask.detach()
     bounded = causal or window_size is not None
-    if bounded and _asks(known) and _near_on_diagonal(known, queries, keys):
+    if bounded and asks(known) and _near_on_diagonal(known, queries, keys):
         return attn_mask, None
     offset = offset_of(largest(known, queries, keys, causal=causal, window_size=window_size))
     if offset is None:
@@ -79,14 +79,14 @@ def without_offset(
 
 def offset_of(largest: torch.Tensor) -> torch.Tensor | None:
     """What to take from rows with these largest numbers: 0 where they are near, NaN or infinite; None where all are."""
-    asks, near = _asks(largest), _near_in(largest.dtype)
-    if asks and (not largest.numel() or _near(*largest.aminmax(), near)):
+    may_ask, near = asks(largest), _near_in(largest.dtype)
+    if may_ask and (not largest.numel() or _near(*largest.aminmax(), near)):
         return None
     offset = largest.masked_fill((largest.abs() > near).logical_and(largest.isfinite()).logical_not(), 0.0)
-    return None if asks and not bool(offset.any()) else offset
+    return None if may_ask and not bool(offset.any()) else offset
 
 
-def _asks(mask: torch.Tensor) -> bool:
+def asks(mask: torch.Tensor) -> bool:
     """Whether a look at the numbers is to be had, and costs no wait for a device."""
     return mask.is_cpu and not (_is_traced() or _dispatch_modes() or _are_transformed())
 

@@ -223,7 +223,7 @@ def needs_graph(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(item, torch.Tensor) and item.requires_grad for item in tensors)
 
 
-_NO_KERNEL_LEFT = ("No viable backend for scaled_dot_product_attention", "No available kernel. Aborting execution.")
+_NO_KERNEL_LEFT = ("No viable backend for scaled_dot_product_attention", "No available kernel.")
 
 
 def check_raised(error: Exception, query: Any, key: Any, value: Any, attn_mask: Any) -> None:

@@ -268,7 +268,9 @@ def consistent_choice(choice: Choice | None) -> Choice | None:
         _note(choice)
         return choice
     _require_noted(choice)
-    if any(scope.graph_task == task and not scope.closed for scope in scopes()) or set(map(listed, _used)) <= {listed(choice)}:
+    if any(scope.graph_task == task and not scope.closed for scope in scopes()) or set(map(listed, _used)) <= {
+        listed(choice)
+    }:
         return choice
     if _recomputes_without_note():
         return _before_varied

@@ -61,7 +61,6 @@ class Switches(NamedTuple):
             item.isidentifier() and item not in known and normalized(item) not in known for item in self.only or ()
         )
 
-
     def idle(self, rows: Iterable[Row]) -> list[str]:
         """What concerns none of these rows, each with its variable: a slip of the keyboard would switch nothing off."""
         shown = [(row.distribution or "", (row.name, *row.aliases)) for row in rows]

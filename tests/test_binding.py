@@ -275,3 +275,9 @@ def test_a_bound_module_is_exported():
     bind(model.inner, "alpha")
     program = torch.export.export(model, (Q,))
     assert number_of(program.module()(Q)) == 1
+
+
+@pytest.mark.parametrize("kind", [torch.nn.ModuleList, torch.nn.ModuleDict])
+def test_a_container_that_is_never_called_is_refused(kind):
+    with pytest.raises(AttnError, match=f"found a {kind.__name__}, which is never called itself"):
+        bind(kind(), "native_math")

@@ -234,6 +234,11 @@ def test_kernels_of_torch_that_the_user_has_switched_off_are_told(lse):
         attention(Q, Q, Q, return_lse=lse, backend="native")
 
 
+def test_kernels_of_torch_that_take_no_dropout_are_told_where_no_others_are_left():
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(CallRefused, match="outside of torch.nn.attention"):
+        attention(Q, Q, Q, dropout_p=0.5, backend="native")
+
+
 def test_descriptions_refuse_what_they_can_not_mean():
     with pytest.raises(CallRefused, match="KeyPadding"):
         KeyPadding(torch.ones(2, 3))

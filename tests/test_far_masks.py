@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -136,3 +138,13 @@ def test_a_mask_is_not_copied_a_second_time():
     assert offset is not None
     assert again is near
     assert nothing is None
+
+
+def test_flex_has_the_scores_of_a_row_that_a_large_number_has_throughout():
+    query, key, value = (tensor.detach() for tensor in inputs(16, 20, torch.float32, amplitude=1.0))
+    mask = mask_of("whole", 16, 20, -1e9)
+    expected, _ = reference(query, key, value, attn_mask=mask)
+    bound = bounds(query, key, value, dtype=torch.float32, attn_mask=mask).out
+    run = partial(attention, attn_mask=mask, backend="flex")
+    for found in (run(query, key, value), torch.compile(run, fullgraph=True)(query, key, value)):
+        assert_close(found, expected, torch.float32, "out", bound=bound)

@@ -64,6 +64,12 @@ def test_wrong_environment_is_an_error_at_the_first_call_that_names_the_variable
     assert "did you mean" in rest.lower()
 
 
+def test_a_wrong_name_in_a_list_of_the_environment_names_the_variable(monkeypatch):
+    monkeypatch.setenv("ATTN_BACKEND", "nativ,beta")
+    with pytest.raises(BackendNotUsable, match=r"^the environment variable ATTN_BACKEND: backend 'nativ' is not known"):
+        chosen()
+
+
 def test_single_name_is_strict_and_a_list_is_an_order():
     with pytest.raises(AttnError, match="gamma.*causal"):
         chosen(causal=True, backend="gamma")

@@ -300,7 +300,7 @@ def _refuse_models_of_their_own(config: type) -> None:
     if config in _supported:
         return
     models = [model for model in _models(PreTrainedModel) if model.config_class is config]
-    if any(model._supports_attention_backend or model._supports_sdpa for model in models) or not models:
+    if not models or any(model._supports_attention_backend or model._supports_sdpa for model in models):  # noqa: SLF001
         _supported.add(config)
         return
     msg = (

@@ -64,6 +64,12 @@ def forward(
         return_lse: whether the lse is returned too.
     """
     queries, keys = query.shape[1], key.shape[1]
+    if attn_mask is not None and (_traced() or bool(query.detach().sum().isnan())):
+        sees = seeing(attn_mask, queries, keys, causal=causal, device=query.device)
+        if (
+            sees is not None
+        ):  # a NaN in a query that sees nothing would be in its result and in the gradients of all keys
+            query = query.masked_fill(~sees.transpose(1, 2).unsqueeze(-1), 0.0)
     mask, offset = attn_mask, None
     if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:
         mask = additive(attn_mask, torch.float32 if return_lse and query.dtype in _HALF else query.dtype)
@@ -75,13 +81,19 @@ def forward(
         plain = _traced() and not return_lse
     else:
         out, lse = _computed(query, key, value, scale=scale, attn_mask=mask, causal=causal, exact=return_lse)
-        plain = not return_lse if _traced() else bool(lse.all())  # no lse of 0, which may stand for -inf
+        plain = not return_lse if _traced() else _is_plain(lse)
         lse = lse if plain else _settled(query, key, out, lse, scale=scale, attn_mask=mask, causal=causal)
     if not plain:
         out = _nan_where_unseen(out, lse, mask, keys, causal=causal)
     if not return_lse:
         return out
     return out, lse if offset is None else lse + offset
+
+
+def _is_plain(lse: torch.Tensor) -> bool:
+    """Whether no lse may stand for something else: 0 for -inf, and in half precision +inf for the NaN of a score of +inf."""
+    low, high = lse.detach().abs().aminmax()
+    return low.item() > 0.0 and high.item() < float("inf")
 
 
 def _part(
@@ -171,8 +183,8 @@ def _settled(
 def _nan_where_unseen(
     out: torch.Tensor, lse: torch.Tensor, attn_mask: Mask, keys: int, *, causal: bool
 ) -> torch.Tensor:
-    """NaN, and a gradient of NaN, for queries that see keys and have no score but -inf."""
-    empty = lse.detach() == float("-inf")
+    """NaN, and a gradient of NaN, for queries that see keys and have no score but -inf, or one of +inf."""
+    empty = lse.detach().isinf()
     if not (_traced() or bool(empty.any())):
         return out
     sees = seeing(attn_mask, lse.shape[2], keys, causal=causal, device=lse.device)

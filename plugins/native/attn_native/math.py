@@ -54,14 +54,16 @@ def forward(
         >>> forward(q, q, v, scale=0.5, causal=True).flatten().tolist()
         [1.0, 2.0]
     """
+    attn_mask, offset = without_offset(
+        attn_mask, query.shape[1], key.shape[1], causal=causal, window_size=window_size, dtype=query.dtype
+    )
+    visible, blind = _visible(query, key, attn_mask, causal=causal, window_size=window_size)
+    query = _seeing(query, blind)
     scores = _scores(query, key, scale)
     if softcap is not None:
         softcap = _finite_cap(softcap, scores.dtype)
         scores = softcap * torch.tanh(scores / softcap)
-    attn_mask, offset = without_offset(
-        attn_mask, query.shape[1], key.shape[1], causal=causal, window_size=window_size, dtype=scores.dtype
-    )
-    scores, blind = _masked(scores, query, key, attn_mask, causal=causal, window_size=window_size)
+    scores = _masked(scores, attn_mask, visible, blind)
     probabilities = torch.softmax(scores, -1)
     if blind is not None:
         probabilities = probabilities.masked_fill(blind, 0.0)
@@ -114,13 +116,15 @@ def backward(
     Returns:
         Gradients of query, key and value, each in the shape and dtype of its tensor.
     """
+    visible, blind = _visible(query, key, attn_mask, causal=causal, window_size=window_size)
+    query = _seeing(query, blind)
     scores = _scores(query, key, scale)
     bent = None
     if softcap is not None:
         softcap = _finite_cap(softcap, scores.dtype)
         bent = torch.tanh(scores / softcap)
         scores = softcap * bent
-    scores, blind = _masked(scores, query, key, attn_mask, causal=causal, window_size=window_size)
+    scores = _masked(scores, attn_mask, visible, blind)
     probabilities = torch.exp(scores - lse[..., None].to(scores.dtype))
     if blind is not None:
         probabilities = probabilities.masked_fill(blind, 0.0)
@@ -169,29 +173,45 @@ def blind_queries(visible: torch.Tensor) -> torch.Tensor:
     return ~visible.any(-1, keepdim=True)
 
 
-def _masked(
-    scores: torch.Tensor,
+def _visible(
     query: torch.Tensor,
     key: torch.Tensor,
     attn_mask: torch.Tensor | Description | None,
     *,
     causal: bool,
     window_size: tuple[int, int] | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mask the scores; those of a query that sees nothing become 0, and which these are is told (None: none is)."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which keys each query sees (None: all), and which queries see nothing (None: none does)."""
     visible = visible_mask(query, key, attn_mask=attn_mask, causal=causal, window_size=window_size)
     if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask
         unhidden = attn_mask.detach() != _HIDES
         visible = unhidden if visible is None else visible & unhidden
+    if visible is None or (attn_mask is None and query.shape[1] <= key.shape[1]):
+        return visible, None
+    return visible, blind_queries(visible)
+
+
+def _seeing(query: torch.Tensor, blind: torch.Tensor | None) -> torch.Tensor:
+    """Without what is in queries that see nothing: a NaN of theirs would be in the gradients of all keys."""
+    return query if blind is None else query.masked_fill(blind.transpose(1, 2), 0.0)
+
+
+def _masked(
+    scores: torch.Tensor,
+    attn_mask: torch.Tensor | Description | None,
+    visible: torch.Tensor | None,
+    blind: torch.Tensor | None,
+) -> torch.Tensor:
+    """Mask the scores; those of a query that sees nothing become 0."""
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask
     if visible is None:
-        return scores, None
-    if attn_mask is None and query.shape[1] <= key.shape[1]:
-        return scores.masked_fill(~visible, _HIDES), None
-    blind = blind_queries(visible)
+        return scores
+    if blind is None:
+        return scores.masked_fill(~visible, _HIDES)
     filling = torch.zeros_like(blind, dtype=scores.dtype).masked_fill(~blind, _HIDES)
     # ~visible is made here: the mask itself may be an inference tensor, which no graph can save
-    return torch.where(~visible, filling, scores), blind
+    return torch.where(~visible, filling, scores)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

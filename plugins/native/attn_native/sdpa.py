@@ -9,7 +9,9 @@ mask that says what the call means. What it is known to get wrong is kept away f
 - kernels hide a key by a score of -inf that they scale afterwards, and seek the largest score before scaling (CPU's causal
   gives NaN at scale 0): a scale of 0 or below moves into the query;
 - their log-sum-exp, which the backward needs, loses everything where a row of a float mask is far from 0: that is taken out;
-- what a query that sees nothing gets depends on the kernel: off the CPU it is made to see, and its result cleared.
+- what a query that sees nothing gets depends on the kernel, and on whether it is NaN: off the CPU it is made to see, and its
+  result cleared;
+- in half precision on CPU a score of +inf gives 0 at some lengths, not NaN: such a result is computed again in float32.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from attn_core.masks import Description, Packed, visible_mask
-from attn_core.offset import without_offset
-from attn_core.shaping import aligned, in_graph, positive_scale
+from attn_core.offset import asks, without_offset
+from attn_core.shaping import aligned, in_graph, needs_graph, positive_scale
 from attn_native import aten, aten_cpu
 from attn_native.math import blind_queries, narrowed
 from attn_native.math import forward as math_forward
@@ -97,7 +99,9 @@ def forward(
         out = _sdpa(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, dropout_p, causal, scale=scale
         ).transpose(1, 2)
-        return _with_readable_gradient(out) if query.is_cuda and out.requires_grad else out
+        if query.is_cuda:
+            return _with_readable_gradient(out) if out.requires_grad else out
+        return _with_infinity(out, query, key, value, None, None, causal=causal, scale=scale, dropout_p=dropout_p)
     if not torch.compiler.is_dynamo_compiling() and type(key.shape[1]) is int:  # it would bind the graph to the lengths
         causal, window_size = narrowed(query.shape[1], key.shape[1], causal=causal, window_size=window_size)
     if return_lse and query.is_cpu:
@@ -108,6 +112,7 @@ def forward(
         query, scale = positive_scale(query, scale)
     mask, blind = _mask(query, key, attn_mask, causal=causal, window_size=window_size)
     causal = causal and mask is None
+    query, blind = _without_blind(query, key, value, blind)
     offset = None
     if isinstance(attn_mask, torch.Tensor):
         mask, offset = without_offset(mask, query.shape[1], key.shape[1])
@@ -117,7 +122,41 @@ def forward(
         out, lse = _with_lse(query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
         return _with_readable_gradient(out), lse if offset is None else lse + offset
     out = _general(query, key, value, mask, causal=causal, scale=scale, dropout_p=dropout_p)
+    out = _with_infinity(out, query, key, value, mask, blind, causal=causal, scale=scale, dropout_p=dropout_p)
     return _with_readable_gradient(out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0))
+
+
+def _without_blind(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blind: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Without what is in queries that see nothing, where a NaN of theirs would come into results or gradients of others."""
+    if blind is None or (query.is_cpu and asks(blind) and not bool(blind.any())):
+        return query, None
+    if query.is_cpu or needs_graph(query, key, value):
+        query = query.masked_fill(blind.transpose(1, 2), 0.0)
+    return query, blind
+
+
+def _with_infinity(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    blind: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """The same result; computed in float32 where torch's kernel for CPU has, in half precision, 0 for a score of +inf."""
+    if (
+        query.dtype not in _HALF or options["dropout_p"] or not (query.is_cpu and asks(out))
+    ):  # dropout has another kernel
+        return out
+    nothing = (out.detach() == 0.0).all(-1)
+    if not bool((nothing if blind is None else nothing & ~blind[..., 0].transpose(1, 2)).any()):
+        return out
+    if mask is not None and mask.dtype == query.dtype:
+        mask = mask.float()
+    return _general(query.float(), key.float(), value.float(), mask, **options).to(query.dtype)
 
 
 def _with_readable_gradient(out: torch.Tensor) -> torch.Tensor:
@@ -208,21 +247,19 @@ def _mask(
     causal: bool,
     window_size: tuple[int, int] | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Build the mask that SDPA needs, and which queries see nothing (None: none does, or the kernel knows)."""
+    """Build the mask that SDPA needs, and which queries see nothing (None: none does)."""
     if attn_mask is None and window_size is None and (not causal or query.shape[1] == key.shape[1]):
         if not query.is_cpu or _enough_keys(key):
             return None, None
         if not causal:
             return query.new_zeros(1, 1, 1, 1), None
     mask = written_out(query, key, attn_mask, causal=causal, window_size=window_size)
-    never_blind = attn_mask is None and query.shape[1] <= key.shape[1]
-    if never_blind or query.is_cpu:
+    if attn_mask is None and query.shape[1] <= key.shape[1]:
         return mask, None
-    if mask.dtype == torch.bool:
-        blind = blind_queries(mask)
-        return mask | blind, blind
-    blind = blind_queries(mask.detach() != float("-inf"))
-    return mask.masked_fill(blind, 0.0), blind
+    blind = blind_queries(mask if mask.dtype == torch.bool else mask.detach() != float("-inf"))
+    if query.is_cpu:
+        return mask, blind
+    return (mask | blind if mask.dtype == torch.bool else mask.masked_fill(blind, 0.0)), blind
 
 
 def written_out(
