@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from old_torch import follows_scopes
 
 from attn_core import AttnError, attention, bind, set_backend, use_backend
 
@@ -128,7 +129,9 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("how", WRAPPERS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(name, marks=follows_scopes) if name == "torch.compile" else name for name in WRAPPERS]
+)
 def test_a_binding_comes_and_goes_beneath_a_wrapper_of_forward(how, own):
     layer = Layer()
     if own:
@@ -236,6 +239,7 @@ def compiled(module):
     return torch.compile(module, fullgraph=True, backend="aot_eager")
 
 
+@follows_scopes
 def test_a_module_is_bound_before_it_is_compiled_after_and_around():
     layer = Layer()
     call = compiled(layer)
