@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,9 @@ from attn_core.errors import CallRefused
 from attn_core.facts import Facts
 from attn_core.masks import Description, KeyPadding, Packed
 from attn_core.options import dropout_of, scale_of, softcap_of, switch, window_of
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,21 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast inside, on this kind of device: for a backward, which is that of a forward of tensors that were cast.
+
+    Compiled code may run inside one that was not open where it was traced, and leaves it in any case.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        off = device_type == "meta"
+    else:
+        off = not torch._C._is_any_autocast_enabled() or autocast_dtype(device_type) is None
+    return _AS_IT_IS if off else torch.autocast(device_type, enabled=False)
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _after_autocast(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:

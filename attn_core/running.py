@@ -12,7 +12,7 @@ from attn_core.errors import AttnError, CallRefused
 from attn_core.guard import one_line
 from attn_core.masks import Description, traced
 from attn_core.offset import without_offset
-from attn_core.reading import cast
+from attn_core.reading import cast, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,7 +212,7 @@ class _WithBackward(torch.autograd.Function):
             )
             raise CallRefused(msg)
         query, key, value, out, lse, *_mask = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(query.device.type):
             if torch.compiler.is_compiling():
                 grads = ctx.adapter.backward(grad_out, query, key, value, out, lse, **ctx.options)
             else:

@@ -480,6 +480,36 @@ def autocast(case):
     return str(out.dtype), communication.sent["keys"], 2 * (k.numel() + v.numel())
 
 
+def backward_in_autocast(case, compiler):
+    """The largest differences of gradients where autocast to bfloat16 is open around the forward, the backward, or both.
+
+    Compared are those of a call without it of the same tensors, or of tensors that were cast before.
+    """
+    cp = context(case.shape, case.order)
+    q, k, v, g, _ = (cp.shard(x) if isinstance(x, torch.Tensor) else x for x in inputs(case))
+
+    def call(*parts):
+        return attention(*parts, backend=case.backend, parallel=cp, **dict(case.options))
+
+    torch._dynamo.reset()
+    attend = call if compiler is None else torch.compile(call, fullgraph=True, backend=compiler)
+
+    def gradients(run, forward, backward, dtype=torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward):
+            out = run(*leaves)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward):
+            return torch.autograd.grad(out, leaves, g.to(out.dtype))
+
+    found = []
+    for forward in (False, True):
+        wanted = gradients(call, False, False, torch.bfloat16 if forward else torch.float32)
+        for backward in (False, True):
+            pairs = zip(gradients(attend, forward, backward), wanted, strict=True)
+            found.append(max((one.float() - other.float()).abs().max().item() for one, other in pairs))
+    return found
+
+
 def repeated(case):
     """Whether two calls give the same bits, and whether the second changes what the first returned."""
     first = computed(case)

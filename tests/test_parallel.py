@@ -373,6 +373,14 @@ def test_autocast_casts_before_sending(ranks):
         assert sent == allowed
 
 
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+@pytest.mark.parametrize(("shape", "backend"), [((2, 1), "native_math"), ((2, 2), "native_math"), ((1, 2), "chunked")])
+def test_autocast_changes_nothing_after_the_cast(ranks, shape, backend, compiler):
+    case = Case(shape=shape, queries=18, dtype="float32", options=(("causal", True),), backend=backend)
+    for found in ranks.run("backward_in_autocast", case, compiler, on=world(case)):
+        assert max(found) <= 1e-5, found
+
+
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2, 2)])
 def test_repeats_its_bits_and_gives_memory_of_its_own(ranks, shape):
     case = Case(shape=shape, queries=17, dtype="float32", options=(("causal", True), ("deterministic", True)))

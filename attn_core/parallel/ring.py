@@ -22,6 +22,7 @@ from attn_core.parallel.kind import parsed
 from attn_core.parallel.merge import wide
 from attn_core.parallel.part import options_of
 from attn_core.parallel.rows import Rows, cutter
+from attn_core.reading import without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -315,7 +316,7 @@ def ring_backward(
     cp = parsed(kind).cp
     with alone(cp):
         prepared = agreed(completed(kind, query, key, mask, lengths.tolist()))
-        with told(cp), torch.no_grad():
+        with told(cp), torch.no_grad(), without_autocast(query.device.type):
             near, _ = _without_offset(prepared, _dense(prepared, mask, query), query)
             return _backward(prepared, (grad_out, query, out, lse), key, value, near)
 

@@ -61,7 +61,12 @@ def _call(
 
 
 def _operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    operator = torch.library.custom_op(f"attn_example::{name}", function, mutates_args=(), schema=schema)
+    def run(*arguments: Any) -> Any:
+        # compiled code may run inside an autocast that was not open where it was traced
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return function(*arguments)
+
+    operator = torch.library.custom_op(f"attn_example::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     return operator
 
