@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 import transformers
 from parallel_work import context
+from torch.utils.checkpoint import checkpoint
 
-from attn_core.integrations.transformers import register
+from attn_core import CallRefused
+from attn_core.integrations.transformers import attention_forward, register
 from attn_core.parallel import communication, use_parallel
 
 SMALL = {
@@ -105,6 +107,34 @@ def forward(kind, shape, order, padded, starts, checkpointed=False, described=Fa
     summed = summed_over(cp, all_gradients(model))
     difference = (found - cp.shard(wanted.detach()))[parts[2]].abs()
     return [difference.max().item() if difference.numel() else 0.0, (summed - gradients).abs().max().item()]
+
+
+def recomputed(shape, reentrant, mask):
+    """The largest difference of a layer's gradient where its backward runs after the scope has ended, or what is raised.
+
+    It has no mask of transformers, which would know the ranks: none at all, or the user's own, of all columns.
+    """
+    cp = context(shape)
+    module = torch.nn.Identity()
+    module.is_causal = False
+    torch.manual_seed(5)
+    whole, grad = (torch.randn(2, 2, LENGTH, 8, dtype=torch.float64) for _ in range(2))
+    whole.requires_grad_()
+    seen = padding("dense")[:1] if mask else None
+
+    def layer(x, mask):
+        return attention_forward(module, x, x, x, mask, backend="native_math")[0].transpose(1, 2)
+
+    (wanted,) = torch.autograd.grad(layer(whole, seen), whole, grad)
+    part = cp.shard(whole.detach(), dim=2).requires_grad_()
+    rows = None if seen is None else cp.shard(seen, dim=2)
+    with use_parallel(cp):
+        out = checkpoint(layer, part, rows, use_reentrant=reentrant)
+    try:
+        out.backward(cp.shard(grad, dim=2))
+    except CallRefused as error:
+        return str(error)
+    return (part.grad - cp.shard(wanted, dim=2)).abs().max().item()
 
 
 def summed_over(cp, tensor):

@@ -38,6 +38,15 @@ def test_a_layer_is_recomputed_with_the_ranks_of_its_forward(ranks):
         agrees(ranks, "qwen2", shape, "zigzag", "left", None, True)
 
 
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_a_layer_without_a_mask_of_its_model_is_recomputed_with_these_too_or_refused(ranks, shape, mask):
+    for found in ranks.run("parallel_models.recomputed", shape, False, mask, on=2):
+        assert found <= EXACT, found
+    for found in ranks.run("parallel_models.recomputed", shape, True, mask, on=2):
+        assert "Use checkpoint(..., use_reentrant=False)" in str(found)
+
+
 @pytest.mark.parametrize("starts", [(9, 13), (1, 5, 0, 16), (6, 7, 4, 5)])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_documents_told_by_positions_stay_apart(ranks, kind, starts):

@@ -165,9 +165,9 @@ def attention_forward(
     packed = None
     if cu_seq_lens_q is not None:
         packed = Packed(cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k)
-    parallel = _in_force()
+    parallel = _ranks(mask)
     if isinstance(mask, PartialMask):
-        parallel, causal, window = mask.parallel, mask.described.causal, mask.described.window
+        causal, window = mask.described.causal, mask.described.window
         mask = mask.whole(key.shape[2], others.get("position_ids"), packed)
     elif mask is not None:
         causal = False
@@ -195,13 +195,16 @@ def attention_forward(
     return out, None
 
 
-def _in_force() -> Any:
-    """The scope of ``use_parallel`` that is open; code that is traced is refused where it can't be told."""
-    if torch.compiler.is_dynamo_compiling():
-        if scope.is_open:
-            raise CallRefused(IN_COMPILED_CODE)
-        return None
-    return scope.in_force()
+def _ranks(mask: Any = None) -> Any:
+    """The ranks that a mask was made for, or those of ``use_parallel``, in a recomputation those of its forward.
+
+    Code that is traced is refused where they can't be told.
+    """
+    if torch.compiler.is_dynamo_compiling() and scope.is_open:
+        raise CallRefused(IN_COMPILED_CODE)
+    if isinstance(mask, PartialMask):
+        return mask.parallel
+    return None if torch.compiler.is_dynamo_compiling() else scope.of_call()
 
 
 def _inside_sequences(mask: torch.Tensor, packed: Packed, query_length: int, key_length: int) -> torch.Tensor:
@@ -261,7 +264,7 @@ def attention_mask(
         None, or bool broadcastable to (B, 1, Sq, Skv), True may attend. Padding alone is (B, 1, 1, Skv).
     """
     _refuse_models_of_their_own(type(others.get("config")))
-    parallel = _in_force()
+    parallel = _ranks()
     if parallel is not None:
         sizes = (batch_size, q_length, kv_length)
         return _partial_mask(
