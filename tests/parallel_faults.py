@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from parallel_work import Case, context, inputs
 from torch.distributed import distributed_c10d
+from torch.utils.checkpoint import checkpoint
 
 from attn_core import attention
 from attn_core.parallel.context import contexts
@@ -112,6 +113,20 @@ def absent(label, shape, how):
     found = raised(lambda: attention(*parts, backend="native_math", parallel=cp))
     if how != "dies":
         met(f"absent/{label}", 3)
+    return found
+
+
+def after_a_checkpoint(label, shape):
+    """What the others raise where rank 1 makes no further call after all have recomputed one."""
+    cp = fresh(label, shape)
+    parts = _parts(cp, Case(queries=18, heads=(6, 6), dtype="float32"))
+
+    def call(*parts):
+        return attention(*parts, backend="native_flash", parallel=cp)
+
+    checkpoint(call, *parts, use_reentrant=False).sum().backward()
+    found = (None, "", 0.0) if dist.get_rank() == 1 else raised(lambda: call(*parts))
+    met(f"checkpoint/{label}", 3)
     return found
 
 

@@ -59,6 +59,12 @@ def test_a_rank_that_makes_no_call_is_named(pool, shape):
         assert seconds < TIMEOUT + 4
 
 
+def test_a_recomputation_that_ends_early_is_no_failure(pool):
+    for kind, message, _ in run(pool, "after_a_checkpoint", (1, 3))[::2]:
+        assert kind == "RankFailed"
+        assert "rank 1 does not answer" in message
+
+
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
 def test_a_kernel_that_raises_in_the_backward_is_told_of(pool, shape):
     answers = run(pool, "breaks_in_the_backward", shape)

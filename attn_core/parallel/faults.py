@@ -104,8 +104,13 @@ def told(cp: ContextParallel) -> Iterator[None]:
     except RankFailed:
         raise
     except BaseException as error:
-        note(cp, error)
+        if type(error).__name__ != _ENOUGH:
+            note(cp, error)
         raise
+
+
+_ENOUGH = "_StopRecomputationError"
+"""What ``torch.utils.checkpoint`` raises in a recomputation that has made all that its backward needs: nothing failed."""
 
 
 class alone:  # noqa: N801 - a context manager reads as a verb; a class, since it is entered at every call
