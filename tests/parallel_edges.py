@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from parallel_work import Case, context, expected, inputs
 
-from attn_core import CallRefused, attention, explain, plan
+from attn_core import CallRefused, KeyPadding, attention, explain, plan
 from attn_core.parallel import ContextParallel, gathering, use_parallel
 from attn_core.parallel.layout import even
 from attn_core.testing import reference
@@ -147,6 +147,39 @@ def scopes(shape):
     found.append(off(other, attention(*mine, backend="native_math"), alone))
     second.__exit__(None, None, None)
     found.append((attention(q, k, v) - alone).abs().max().item())
+    return found
+
+
+def explained_as_made(shape):
+    """What ``attention`` and ``explain`` say of calls that are not all in order: (which, one, other), both of one text each."""
+    cp = context(shape)
+    whole = torch.randn(2, 18, 4, 8)
+    part = cp.shard(whole)
+    rows = torch.ones(2, 1, 18, 18, dtype=torch.bool)
+    mine, all_whole = cp.shard(rows, dim=2), cp.given_whole("query").given_whole("key")
+    calls = {
+        "parts": (cp, part, part, None),
+        "rows": (cp, part, part, mine),
+        "a row": (cp, part, part, mine[:, :, :1]),
+        "padding": (cp, part, part, KeyPadding(rows[:, 0, 0])),
+        "wholes": (all_whole, whole, whole, rows),
+        "a whole": (cp, whole, whole, None),
+        "a whole key": (cp, part, whole, None),
+        "rows of the whole": (cp, part, part, rows),
+        "columns of a part": (cp, part, part, mine[..., : part.shape[1]]),
+        "padding of a part": (cp, part, part, KeyPadding(rows[:, 0, 0, : part.shape[1]])),
+        "no heads": (cp, part, part, mine[:, 0]),
+    }
+    found = []
+    for name, (parallel, query, key, mask) in calls.items():
+        options = {"attn_mask": mask, "parallel": parallel, "backend": "native_math"}
+        try:
+            attention(query, key, key, **options)
+        except CallRefused as error:
+            said = str(error)
+        else:
+            said = None
+        found.append((name, said, explain(query, key, key, **options).refusal))
     return found
 
 

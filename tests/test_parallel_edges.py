@@ -75,6 +75,13 @@ def test_scopes_are_of_a_thread_and_leave_nothing(ranks, shape):
 
 
 @pytest.mark.parametrize("shape", MODES)
+def test_explain_refuses_what_attention_refuses(ranks, shape):
+    for found in ranks.run("parallel_edges.explained_as_made", shape, on=shape[0] * shape[1]):
+        assert [(name, said) for name, _, said in found] == [(name, said) for name, said, _ in found]
+        assert sum(said is None for _, said, _ in found) == 5
+
+
+@pytest.mark.parametrize("shape", MODES)
 @pytest.mark.parametrize("options", [(), CAUSAL, (("causal", True), ("window_size", (3, 0)))])
 def test_both_sides_may_be_whole(ranks, shape, options):
     for keys in (17, 9):

@@ -9,7 +9,9 @@ import torch
 
 from attn_core.errors import CallRefused
 from attn_core.masks import KeyPadding, Packed
+from attn_core.parallel.agreement import refuse_whole
 from attn_core.parallel.attending import refuse_what_no_ring_has
+from attn_core.parallel.completion import check_mask
 from attn_core.parallel.context import ContextParallel
 from attn_core.parallel.kind import Kind
 from attn_core.parallel.layout import ORDERS, Layout, even
@@ -103,7 +105,8 @@ def kind_of_parts(
     totals = _totals(mask)
     queries = _layout(parallel, "query", query.shape[1], totals[0])
     keys = _layout(parallel, "key", key.shape[1], totals[1])
-    if isinstance(mask, torch.Tensor) and mask.ndim == len(query.shape):
+    check_mask(mask, query, queries.total, keys.total)
+    if isinstance(mask, torch.Tensor):
         rows = mask.shape[2]  # one row is one for all only where no rank has one query
         mask = _whole(mask, 2, queries.total) if rows == query.shape[1] or 1 in queries.flat else mask
     whole_query = _whole(query, 1, queries.total)
@@ -126,11 +129,12 @@ def _totals(mask: Any) -> tuple[int | None, int | None]:
 def _layout(parallel: ContextParallel, side: str, length: int, total: int | None) -> Layout:
     if side in parallel.whole:
         return even(length, parallel.ring, parallel.ulysses, parallel.order)
+    refuse_whole(parallel, side, length)
     latest = parallel.shared.latest
-    known = ([] if latest is None else [latest]) + list(parallel.shared.layouts)
     alike = Layout(((length,) * parallel.ulysses,) * parallel.ring, parallel.order)
-    fitting = (one for one in known if one.flat[parallel.index] == length and total in (None, one.total))
-    return next(fitting, alike)
+    known = [*([] if latest is None else [latest]), *parallel.shared.layouts, alike]
+    mine = [one for one in known if one.flat[parallel.index] == length]
+    return next((one for one in mine if total in (None, one.total)), mine[0])
 
 
 def _whole(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
