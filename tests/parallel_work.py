@@ -338,6 +338,17 @@ def sharding(shape, order, total, lengths=None):
     return positions.tolist()
 
 
+def unsharded(shape, dtypes):
+    """Which of the dtypes come back from ``unshard`` as they were sharded, along either dimension."""
+    cp = context(shape)
+    back = []
+    for name in dtypes:
+        whole = torch.arange(2 * 19).view(2, 19).to(getattr(torch, name))
+        same = [torch.equal(cp.unshard(cp.shard(x, dim), dim, total=19), x) for x, dim in ((whole, 1), (whole.T, 0))]
+        back += [name] if all(same) else []
+    return back
+
+
 def refused(case, changes=None, **wrong):
     """What ``attention`` raises on this rank; ``changes`` are of some ranks alone."""
     cp = context(case.shape, case.order)

@@ -207,6 +207,13 @@ def test_shards_and_puts_together(ranks, shape, order, total):
     assert sorted(itertools.chain(*parts)) == list(range(total))
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (2, 2)])
+def test_takes_tensors_of_any_dtype_apart_and_together(ranks, shape):
+    dtypes = ["bool", "int8", "uint8", "int16", "uint16", "int32", "int64", "float16", "bfloat16", "complex64"]
+    for found in ranks.run("unsharded", shape, dtypes, on=world(Case(shape=shape))):
+        assert found == dtypes
+
+
 def test_zigzag_gives_each_place_both_ends(ranks):
     assert ranks.run("sharding", (2, 1), "zigzag", 8, on=2) == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert ranks.run("sharding", (2, 1), "contiguous", 8, on=2) == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -127,11 +127,14 @@ def peers_of(operations: list[Any], works: list[Any]) -> list[int | None]:
 
 
 def all_gather(group: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensors of a group's ranks, alike in shape, one after another along the first dimension."""
+    """The tensors of a group's ranks, alike in shape, one after another along the first dimension.
+
+    They go as bytes: neither gloo nor NCCL knows all dtypes, int16 for one.
+    """
     staged = tensor.is_cuda and dist.get_backend(group) == "gloo"
     source = (tensor.cpu() if staged else tensor).contiguous()
     found = source.new_empty(group.size() * source.shape[0], *source.shape[1:])
-    _gather(found, source, group=group)
+    _gather(found.view(torch.uint8), source.view(torch.uint8), group=group)
     return found.to(tensor.device)
 
 
