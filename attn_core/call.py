@@ -435,6 +435,8 @@ def _planned(name: str, run: Callable[..., Any], options: dict[str, Any]) -> Cal
         scale = options["scale"]
 
         def plan_without_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+            if scope.is_open:
+                _refuse_in_scope()
             try:
                 return run(query, key, value, scale=scale)
             except KERNELS_RAISE as error:
@@ -444,22 +446,41 @@ def _planned(name: str, run: Callable[..., Any], options: dict[str, Any]) -> Cal
     if "attn_mask" not in options:
 
         def plan_without_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+            if scope.is_open:
+                _refuse_in_scope()
             try:
                 return run(query, key, value, **options)
             except KERNELS_RAISE as error:
                 raise_failure(name, error, query, key, value)
 
         return _named(plan_without_mask)
+    return _planned_with_mask(name, run, options)
+
+
+def _planned_with_mask(name: str, run: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     others = {name: option for name, option in options.items() if name != "attn_mask"}
     mask = options["attn_mask"]
 
     def plan_with_mask(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, attn_mask: Any = mask) -> Any:
+        if scope.is_open:
+            _refuse_in_scope()
         try:
             return run(query, key, value, attn_mask=attn_mask, **others)
         except KERNELS_RAISE as error:
             raise_failure(name, error, query, key, value)
 
     return _named(plan_with_mask)
+
+
+def _refuse_in_scope() -> None:
+    """Refuse a plan where the attention of this thread is spread over ranks; a scope is open, maybe in another thread."""
+    found = scope.traced_identity() if _is_traced() else scope.of_call()
+    if found is not None:
+        msg = (
+            "plan: called inside use_parallel; accepted: outside of it, since a plan is of this rank alone and asks no other. "
+            "Next: call attention(...), or open use_parallel(None) around the plan for what is not spread"
+        )
+        raise CallRefused(msg)
 
 
 def _named(planned: Callable[..., Any]) -> Callable[..., Any]:
@@ -493,10 +514,10 @@ def plan(
     is the caller's promise.
 
     Returns:
-        A function of (query, key, value), and of ``attn_mask=`` where the plan has a mask.
+        A function of (query, key, value), and of ``attn_mask=`` where the plan has a mask. Inside ``use_parallel`` it is refused.
 
     Raises:
-        CallRefused: as ``attention``.
+        CallRefused: as ``attention``; and inside ``use_parallel``, since a plan is of this rank alone.
         BackendNotUsable: as ``attention``.
 
     Example:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_work import Case, context, expected, inputs
+from torch.utils.checkpoint import checkpoint
 
 from attn_core import CallRefused, KeyPadding, attention, explain, plan
-from attn_core.parallel import ContextParallel, gathering, use_parallel
+from attn_core.parallel import ContextParallel, gathering, scope, use_parallel
 from attn_core.parallel.layout import even
 from attn_core.testing import reference
 
@@ -148,6 +149,40 @@ def scopes(shape):
     second.__exit__(None, None, None)
     found.append((attention(q, k, v) - alone).abs().max().item())
     return found
+
+
+def planned(shape, mask):
+    """What is off in the results of a plan, compiled too, where no ranks are in force, and what is said where some are."""
+    torch._dynamo.reset()
+    cp = context(shape)
+    q, k, v, *_ = inputs(Case(queries=20))
+    option = {"attn_mask": KeyPadding(torch.ones(2, 20, dtype=torch.bool))} if mask else {}
+    made = plan(q, k, v, backend="native_math", softcap=5.0, **option)
+    alone = made(q, k, v)
+    off_by, said = [], []
+    follows = scope._guarded is not None  # which older torch does not, in compiled code and where it recomputes
+    for call in (made, torch.compile(made, fullgraph=True, backend="aot_eager"))[: 1 + follows]:
+
+        def same(call=call):
+            off_by.append((call(q, k, v) - alone).abs().max().item())
+
+        same()
+        with use_parallel(cp):
+            try:
+                call(q, k, v)
+            except Exception as error:  # noqa: BLE001 - compiled code wraps it
+                said.append(str(error))
+            thread = threading.Thread(target=same)
+            thread.start()
+            thread.join()
+            with use_parallel(None):
+                same()
+        same()
+    if follows:
+        recomputed = checkpoint(made, q.requires_grad_(), k, v, use_reentrant=False)
+        with use_parallel(cp):
+            recomputed.sum().backward()
+    return off_by, said
 
 
 def explained_as_made(shape):

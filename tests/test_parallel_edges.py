@@ -74,6 +74,14 @@ def test_scopes_are_of_a_thread_and_leave_nothing(ranks, shape):
         assert max(found) <= EXACT
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_plan_is_refused_where_ranks_are_in_force(ranks, mask):
+    for off_by, said in ranks.run("parallel_edges.planned", (2, 1), mask, on=2):
+        assert max(off_by) == 0.0
+        assert len(off_by) == 4 * len(said)
+        assert all("plan: called inside use_parallel" in text for text in said), said
+
+
 @pytest.mark.parametrize("shape", MODES)
 def test_explain_refuses_what_attention_refuses(ranks, shape):
     for found in ranks.run("parallel_edges.explained_as_made", shape, on=shape[0] * shape[1]):
