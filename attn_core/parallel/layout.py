@@ -7,14 +7,14 @@ piece is two chunks, one from each end, so that under causal each ring place see
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 ORDERS = ("zigzag", "contiguous")
+Value = TypeVar("Value")
 
 
 class Segment(NamedTuple):
@@ -27,6 +27,19 @@ class Segment(NamedTuple):
     def length(self) -> int:
         """How many."""
         return self.stop - self.start
+
+
+class kept(Generic[Value]):  # noqa: N801 - a decorator
+    """Computed once, as ``functools.cached_property``, which before Python 3.12 takes a lock that compiled code can't."""
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self._compute = compute
+        self._name = compute.__name__
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Value:
+        found = instance.__dict__[self._name] = self._compute(instance)
+        return found
 
 
 Segments = tuple[Segment, ...]
@@ -48,17 +61,17 @@ class Layout:
     lengths: Lengths
     order: str
 
-    @cached_property
+    @kept
     def flat(self) -> tuple[int, ...]:
         """The lengths of all ranks, in the order of the grid."""
         return tuple(length for row in self.lengths for length in row)
 
-    @cached_property
+    @kept
     def total(self) -> int:
         """The length of the whole sequence."""
         return sum(self.flat)
 
-    @cached_property
+    @kept
     def pieces(self) -> tuple[Segments, ...]:
         """What each ring place holds, in the order in which it lies there."""
         sizes = [sum(row) for row in self.lengths]
