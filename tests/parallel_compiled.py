@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import torch
 import torch.distributed as dist
 from parallel_work import Case, context, errors, inputs
 
 from attn_core import attention
 from attn_core.parallel import communication, scope, use_parallel
+from attn_core.testing import reference
 
 
 def compiled(cases, backend, dynamic, graphs):
@@ -27,8 +31,6 @@ def compiled(cases, backend, dynamic, graphs):
 def followed(shape):
     """What one compiled function computes as scopes open and close around it: differences, one after another."""
     torch._dynamo.reset()
-    from attn_core.testing import reference
-
     q, k, v, *_ = inputs(Case(shape=shape, queries=20))
     calls = []
 
@@ -52,8 +54,6 @@ def followed(shape):
 def not_followed(shape):
     """A compiled call before, inside and after a scope, where torch has no guards that read it: what is off, what is said."""
     torch._dynamo.reset()
-    from attn_core.testing import reference
-
     q, k, v, *_ = inputs(Case(shape=shape, queries=20))
     wanted = reference(q, k, v, causal=True)[0]
     cp = context(shape)
@@ -77,8 +77,6 @@ def not_followed(shape):
 def given(shape):
     """What one compiled function computes on the ranks that it is given: differences, one after another."""
     torch._dynamo.reset()
-    from attn_core.testing import reference
-
     q, k, v, *_ = inputs(Case(shape=shape, queries=20))
     wanted = reference(q, k, v, causal=True)[0]
     attend = torch.compile(attention, fullgraph=True, backend="aot_eager")
@@ -145,3 +143,31 @@ def checked(case):
             tests += ("test_autograd_registration", "test_aot_dispatch_dynamic")
         torch.library.opcheck(operator, arguments, test_utils=tests)
     return sorted({operator.name() for operator, _ in made})
+
+
+def launched(case, folder):
+    """The largest differences of a compiled call in two launches that share what torch keeps on disk; what it found there."""
+    cp = context(case.shape, case.order)
+    wholes = inputs(case)[:3]
+    g = torch.ones_like(wholes[0]).cumsum(1)
+    alone = [x.clone().requires_grad_() for x in wholes]
+    wanted = reference(*alone, causal=True)[0]
+    gradients = torch.autograd.grad(wanted, alone, g)
+
+    def whole(q, k, v):
+        out = attention(q, k, v, causal=True, backend=case.backend, parallel=cp)
+        return cp.unshard(out, total=case.queries)
+
+    counters, differences = torch._dynamo.utils.counters, []
+    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}):
+        for _ in range(2):
+            dist.barrier(cp.mesh.get_group())
+            torch._dynamo.reset()
+            counters.clear()
+            parts = [cp.shard(x).requires_grad_() for x in wholes]
+            out = torch.compile(whole, fullgraph=True)(*parts)
+            found = torch.autograd.grad(out, parts, g)
+            differences.append((out - wanted).abs().max().item())
+            differences += [(x - cp.shard(y)).abs().max().item() for x, y in zip(found, gradients, strict=True)]
+    torch._dynamo.reset()
+    return differences, counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]

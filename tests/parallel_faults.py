@@ -23,7 +23,8 @@ def fresh(label, shape, order="zigzag"):
     cp = context(shape, order)
     cp.name += f":{label}"
     cp.shared = type(cp.shared)()
-    contexts[cp.name] = cp
+    cp.handle += f":{label}"
+    contexts[cp.handle] = cp
     return cp
 
 

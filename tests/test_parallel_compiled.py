@@ -74,6 +74,15 @@ def test_inductor_compiles_it_too(ranks, shape):
     agrees(ranks, [case], backend="inductor", tolerance=2e-5)
 
 
+@pytest.mark.parametrize(("shape", "heads"), [((2, 1), (2, 2)), ((1, 2), (3, 3))])
+def test_a_later_launch_takes_what_this_rank_compiled(ranks, tmp_path, shape, heads):
+    """torch keeps graphs on disk by their text: that of another rank cuts, and spreads heads, as that rank does."""
+    case = Case(shape=shape, queries=16, heads=heads, dtype="float32", backend="native_flash")
+    for differences, hits in ranks.run("parallel_compiled.launched", case, str(tmp_path), on=2):
+        assert max(differences) <= 2e-5
+        assert hits
+
+
 @follows_scopes
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
 def test_compiled_code_follows_the_scope_around_it(ranks, shape):

@@ -30,7 +30,7 @@ def agreed(kind: str) -> Prepared:
     """What was prepared for a kind of call, once all ranks have agreed on it.
 
     Args:
-        kind: its text, alike on all ranks.
+        kind: its text.
 
     Raises:
         RanksDisagree: on every rank, when the kinds differ.

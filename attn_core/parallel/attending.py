@@ -256,7 +256,7 @@ def kind_of(
     if options["scale"] is None:
         options["scale"] = reading.default_scale(head_dim)
     return Kind(
-        context=cp.name,
+        context=cp.handle,
         mode=cp.mode,
         ring=cp.ring,
         ulysses=cp.ulysses,

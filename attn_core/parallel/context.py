@@ -27,10 +27,13 @@ Side = Literal["query", "key"]
 LAYOUTS_REMEMBERED = 64
 """Of how many sequences it is remembered how they lie; the ranks ask each other of what was forgotten."""
 
+OPERATORS = 2
+"""Which form of the operators a handle is for, to be raised with each change of their signatures or gradients."""
+
 turns: dict[tuple[int, ...], Any] = {}
 """By ranks: held by the thread that has a call over them going on, whatever their grid and order."""
 contexts: dict[str, ContextParallel] = {}
-"""By name, for the operators, which take no objects."""
+"""By handle, for the operators, which take no objects."""
 
 tell_of_the_end(contexts)
 
@@ -93,6 +96,10 @@ class ContextParallel:
             much to do; "contiguous" one piece in order.
 
     Attributes:
+        name: what all ranks alike call it.
+        handle: what the operators of this rank are given in its place. torch keeps what it compiled on disk, where other ranks
+            and later launches find it, and knows a graph by its text: so the text has all that this rank's graphs depend on,
+            which form the operators have, and this rank's place.
         ring_ranks: the global ranks of this rank's ring, by place.
         staged: which of "ring" and "ulysses" send no tensors of a GPU, but copies of them on the host.
         ring: how many places the ring has, 1 where the mesh has no such dimension.
@@ -134,10 +141,11 @@ class ContextParallel:
         self.ring_ranks = tuple(row[self.place[1]] for row in self.grid)
         self.staged = tuple(name for name in names if dist.get_backend(self._groups[name]) == "gloo")
         self.name = f"{self.mode}:{order}:{self.grid}"
-        known = contexts.get(self.name)
+        self.handle = f"{OPERATORS}:{self.place}:{self.name}"
         self.turn = turns.setdefault(tuple(sorted(self.ranks)), RLock())
+        known = contexts.get(self.handle)
         self.shared: Shared = Shared() if known is None or not known.alive else known.shared
-        contexts[self.name] = self
+        contexts[self.handle] = self
 
     def __repr__(self) -> str:
         return f"ContextParallel(ring={self.ring}, ulysses={self.ulysses}, order={self.order!r})"
@@ -164,9 +172,9 @@ class ContextParallel:
     def identity(self) -> tuple[str, tuple[str, ...], str, str]:
         """What makes it what it is, in plain words that compiled code guards.
 
-        Its name, the sides that are given whole, the mode, and where graphs are made for lengths what it was told of these.
+        Its handle, the sides that are given whole, the mode, and where graphs are made for lengths what it was told of these.
         """
-        return self.name, self.sides, self.mode, "" if self.mode == RING else self.shared.told
+        return self.handle, self.sides, self.mode, "" if self.mode == RING else self.shared.told
 
     @property
     def alive(self) -> bool:
@@ -330,11 +338,11 @@ def positions(segments: Segments, device: Any = None) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.arange(0, device=device)
 
 
-def context(name: str) -> ContextParallel:
-    """Find it by its name."""
-    found = contexts.get(name)
+def context(handle: str) -> ContextParallel:
+    """Find it by its handle."""
+    found = contexts.get(handle)
     if found is None:
-        msg = f"parallel: no ContextParallel {name} was made in this process; make one as the process that compiled did"
+        msg = f"parallel: no ContextParallel {handle} was made in this process; make one as the process that compiled did"
         raise AttnError(msg)
     return found
 

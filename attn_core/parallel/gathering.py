@@ -24,7 +24,7 @@ def taken(tensor: torch.Tensor, dim: int, segments: Segments) -> torch.Tensor:
 
 def gathered(cp: ContextParallel, tensor: torch.Tensor, dim: int, layout: Layout) -> torch.Tensor:
     """The whole, in the order of the sequence; its gradient here is this rank's part of the gradient of the whole."""
-    found: torch.Tensor = gather(tensor, dim % tensor.ndim, cp.name, [size for row in layout.lengths for size in row])
+    found: torch.Tensor = gather(tensor, dim % tensor.ndim, cp.handle, [size for row in layout.lengths for size in row])
     return found
 
 
@@ -57,17 +57,17 @@ def all_parts(cp: ContextParallel, tensor: torch.Tensor, dim: int, lengths: Sequ
 
 
 @torch.library.custom_op("attn_core::unshard", mutates_args=())
-def gather(tensor: torch.Tensor, dim: int, name: str, lengths: Sequence[int]) -> torch.Tensor:
-    """The whole, from parts of these lengths on the ranks of the grid of this name."""
+def gather(tensor: torch.Tensor, dim: int, handle: str, lengths: Sequence[int]) -> torch.Tensor:
+    """The whole, from parts of these lengths on the ranks of the grid of this handle."""
     from attn_core.parallel.context import context
 
-    cp = context(name)
+    cp = context(handle)
     with alone(cp):
         return ordered(all_parts(cp, tensor, dim, lengths), dim, cp.layout_on(lengths))
 
 
 @gather.register_fake
-def _(tensor: torch.Tensor, dim: int, name: str, lengths: Sequence[int]) -> torch.Tensor:  # noqa: ARG001
+def _(tensor: torch.Tensor, dim: int, handle: str, lengths: Sequence[int]) -> torch.Tensor:  # noqa: ARG001
     shape = list(tensor.shape)
     shape[dim] = sum(lengths)
     return tensor.new_empty(shape)
@@ -80,8 +80,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG0
 def _own_part(ctx: Any, grad: torch.Tensor) -> Any:
     from attn_core.parallel.context import context
 
-    dim, name, lengths = ctx.call
-    cp = context(name)
+    dim, handle, lengths = ctx.call
+    cp = context(handle)
     return taken(grad, dim, cp.layout_on(lengths).segments(*cp.place)), None, None, None
 
 

@@ -18,19 +18,12 @@ READ_LATER = "read"
 """Of ``documents``: the offsets are tensors of compiled code, and read when it runs."""
 
 
-OPERATORS = 1
-"""Which form of the operators a text is for, to be raised with each change of their signatures or gradients.
-
-torch keeps what it compiled on disk and knows a graph by its text, not by what its operators mean.
-"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of call, without tensors; every field is the same on every rank.
+    """A kind of call, without tensors; every field but ``context`` is the same on every rank.
 
     Attributes:
-        context: the name of its ``ContextParallel``.
+        context: the handle of its ``ContextParallel``.
         mode: ring, ulysses or hybrid.
         ring: how many places the ring has.
         ulysses: how many places share the heads.
@@ -47,7 +40,6 @@ class Kind:
         gradient: whether a gradient may be asked for.
         query_gradient: whether one of the queries, where they are exchanged for heads without the keys; ranks that want none
             have no part in the exchange of the backward.
-        operators: ``OPERATORS``.
     """
 
     context: str
@@ -79,7 +71,6 @@ class Kind:
     mask_once: tuple[bool, ...] | None = None
     documents: tuple[tuple[int, ...], tuple[int, ...]] | str | None = None
     query_gradient: bool | None = None
-    operators: int = OPERATORS
 
     @property
     def text(self) -> str:
@@ -115,8 +106,8 @@ class Kind:
         return Layout(rows, self.order)
 
     def described(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data, alike on all ranks."""
+        return asdict(self) | {"context": self.cp.name}
 
 
 @lru_cache(maxsize=1024)

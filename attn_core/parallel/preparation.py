@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Prepared:
     @cached_property
     def tag(self) -> int:
         """A number for the messages of such calls, so that those of different kinds are never taken for one another."""
-        return zlib.crc32(self.kind.text.encode()) >> 1
+        return zlib.crc32(json.dumps(self.kind.described()).encode()) >> 1
 
     @cached_property
     def course(self) -> Course:

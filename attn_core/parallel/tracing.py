@@ -51,11 +51,11 @@ def traced_parallel(
         checked: the options.
         chosen: the names that the call allows, and who chose.
     """
-    name, whole, mode, told = identity
+    handle, whole, mode, told = identity
     rows = None
     if "query" in whole:
         length = traced.constant(query.shape[1])
-        rows, starts = _rows(name, length)
+        rows, starts = _rows(handle, length)
         segments = tuple(Segment(start, stop) for start, stop in starts)
         query = taken(query, 1, segments)
         if isinstance(attn_mask, torch.Tensor) and attn_mask.ndim == 4 and attn_mask.shape[2] == length > 1:
@@ -74,10 +74,10 @@ def traced_parallel(
             query_gradient(mode, query, whole_key="key" in whole),
         )
         compute = _round if mode == "ring" else _over_heads
-        out, lse = compute((name, "key" in whole, rows, told), facts, query, key, value, attn_mask)
+        out, lse = compute((handle, "key" in whole, rows, told), facts, query, key, value, attn_mask)
     if rows is not None:
-        out = gather(out, 1, name, list(rows))
-        lse = gather(lse, 2, name, list(rows)) if checked["return_lse"] else lse
+        out = gather(out, 1, handle, list(rows))
+        lse = gather(lse, 2, handle, list(rows)) if checked["return_lse"] else lse
     return (out, lse.detach()) if checked["return_lse"] else out
 
 
@@ -119,26 +119,26 @@ def _attend_here(
 # --- what is decided while tracing: constants, from constants -------------------------------------------------------------
 
 
-def _rows(name: str, total: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+def _rows(handle: str, total: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """How a whole query is spread: the length on each rank, and this rank's segments."""
-    cp = context(name)
+    cp = context(handle)
     layout = even(total, cp.ring, cp.ulysses, cp.order)
     return layout.flat, tuple((start, stop) for start, stop in layout.segments(*cp.place))
 
 
 def _ring_kind(lying: Any, *facts: Any) -> tuple[Any, ...]:
     """("run", the text of the kind) or ("refused", which error, why)."""
-    name, whole_key, rows, _ = lying
+    handle, whole_key, rows, _ = lying
     try:
-        return "run", _kind(name, *facts, query=rows, key=() if whole_key else None, keys=None).text
+        return "run", _kind(handle, *facts, query=rows, key=() if whole_key else None, keys=None).text
     except AttnError as error:
-        return _refused(name, error)
+        return _refused(handle, error)
 
 
 def _exchange(lying: Any, lengths: tuple[int, int], *facts: Any) -> tuple[Any, ...]:
     """("run", the exchange, the backend, how many queries and keys in all) or ("refused", which error, why)."""
-    name, whole_key, rows, _ = lying  # the last is what was told of lengths: Dynamo guards what is asked for alone
-    cp = context(name)
+    handle, whole_key, rows, _ = lying  # the last is what was told of lengths: Dynamo guards what is asked for alone
+    cp = context(handle)
     try:
         query = rows
         if query is None:
@@ -148,10 +148,10 @@ def _exchange(lying: Any, lengths: tuple[int, int], *facts: Any) -> tuple[Any, .
             refuse_whole(cp, "key", lengths[1])
         key = () if whole_key else _layout(cp, lengths[1]).flat
         keys = lengths[1] if whole_key else sum(key)
-        kind = _kind(name, *facts, query=query, key=key, keys=keys)
+        kind = _kind(handle, *facts, query=query, key=key, keys=keys)
         return "run", tuple(exchange_of(kind.text)), prepare(kind).backend, sum(query), keys
     except AttnError as error:
-        return _refused(name, error)
+        return _refused(handle, error)
 
 
 def _layout(cp: ContextParallel, local: int) -> Layout:
@@ -161,7 +161,7 @@ def _layout(cp: ContextParallel, local: int) -> Layout:
 
 
 def _kind(
-    name: str,
+    handle: str,
     chosen: tuple[Any, str],
     device: torch.device,
     dtype: torch.dtype,
@@ -185,14 +185,14 @@ def _kind(
     if once is not None and query is not None:
         once = (*once[:2], once[2] and 1 not in query, once[3])
     return kind_of(
-        context(name), chosen, device, dtype, (None, *sizes), checked, mask,
+        context(handle), chosen, device, dtype, (None, *sizes), checked, mask,
         gradient=gradient, query_gradient=query_gradient, query=query, key=key, keys=keys, mask_once=once,
         documents=READ_LATER if mask.get("mask") == "packed" else None,
     )  # fmt: skip
 
 
-def _refused(name: str, error: AttnError) -> tuple[str, str, str]:
-    cp = context(name)
+def _refused(handle: str, error: AttnError) -> tuple[str, str, str]:
+    cp = context(handle)
     cp.shared.begin()
     note(cp, error)
     kind = type(error).__name__
