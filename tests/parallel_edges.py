@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from parallel_work import Case, context, expected, inputs
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from attn_core import CallRefused, KeyPadding, attention, explain, plan
@@ -348,3 +350,28 @@ def distributed(shape):
     except Exception as error:  # noqa: BLE001 - it is what the test asks for
         return type(error).__name__, str(error)
     return None, ""
+
+
+def groups_used(mode):
+    """The number of the group that a call of each of two went over, then of the first once the other's group was gone."""
+    groups = [dist.new_group([0, 1]) for _ in range(2)]  # made by every rank of the pool
+    if dist.get_rank() > 1:
+        return [0, 1, 0]
+    cps = [ContextParallel(DeviceMesh.from_group(group, "cpu", mesh_dim_names=(mode,))) for group in groups]
+    part = torch.randn(1, 8, 2, 8)
+    used, post = [], dist.P2POp
+
+    def noted(function, tensor, peer, group, tag):
+        used.append(groups.index(group))
+        return post(function, tensor, peer, group, tag)
+
+    def over(cp):
+        with mock.patch.object(dist, "P2POp", noted):
+            attention(part, part, part, backend="native_math", parallel=cp)
+        found, used[:] = set(used), []
+        return found.pop() if len(found) == 1 else found
+
+    found = [over(cp) for cp in cps]
+    dist.barrier(groups[0])
+    dist.destroy_process_group(groups[1])
+    return [*found, over(cps[0])]

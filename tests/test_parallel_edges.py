@@ -104,6 +104,11 @@ def test_meshes_of_the_same_ranks_are_not_taken_for_one_another(ranks):
         assert names == 4
 
 
+@pytest.mark.parametrize("mode", ["ring", "ulysses"])
+def test_groups_of_the_same_ranks_are_not_taken_for_one_another(ranks, mode):
+    assert ranks.run("parallel_edges.groups_used", mode) == [[0, 1, 0]] * ranks.world
+
+
 @pytest.mark.parametrize("shape", [*MODES, (2, 4)])
 @pytest.mark.parametrize("lengths", [(0, 7), (7, 0), (1, 1), (1, 30), (30, 1)])
 @pytest.mark.parametrize("options", [(), CAUSAL, (("window_size", (0, 0)),)])

@@ -99,7 +99,7 @@ class ContextParallel:
         name: what all ranks alike call it.
         handle: what the operators of this rank are given in its place. torch keeps what it compiled on disk, where other ranks
             and later launches find it, and knows a graph by its text: so the text has all that this rank's graphs depend on,
-            which form the operators have, and this rank's place.
+            which form the operators have, this rank's place, and the process groups.
         ring_ranks: the global ranks of this rank's ring, by place.
         staged: which of "ring" and "ulysses" send no tensors of a GPU, but copies of them on the host.
         ring: how many places the ring has, 1 where the mesh has no such dimension.
@@ -141,10 +141,14 @@ class ContextParallel:
         self.ring_ranks = tuple(row[self.place[1]] for row in self.grid)
         self.staged = tuple(name for name in names if dist.get_backend(self._groups[name]) == "gloo")
         self.name = f"{self.mode}:{order}:{self.grid}"
-        self.handle = f"{OPERATORS}:{self.place}:{self.name}"
+        groups = ",".join(group.group_name for group in self._groups.values())
+        self.handle = f"{OPERATORS}:{self.place}:{groups}:{self.name}"
         self.turn = turns.setdefault(tuple(sorted(self.ranks)), RLock())
-        known = contexts.get(self.handle)
-        self.shared: Shared = Shared() if known is None or not known.alive else known.shared
+        for handle, other in tuple(contexts.items()):
+            if not other.alive:
+                contexts.pop(handle, None)
+        alike = (other.shared for other in contexts.values() if other.name == self.name)
+        self.shared: Shared = next(alike, None) or Shared()
         contexts[self.handle] = self
 
     def __repr__(self) -> str:
@@ -342,7 +346,10 @@ def context(handle: str) -> ContextParallel:
     """Find it by its handle."""
     found = contexts.get(handle)
     if found is None:
-        msg = f"parallel: no ContextParallel {handle} was made in this process; make one as the process that compiled did"
+        msg = (
+            f"parallel: no ContextParallel {handle} is in this process, or its process groups were destroyed; make one as the "
+            "process that compiled did"
+        )
         raise AttnError(msg)
     return found
 
