@@ -40,7 +40,6 @@ def test_is_what_one_device_computes(ranks, shape, mask):
         Case(shape=(2, 2), queries=17, whole="query", options=CAUSAL),
         Case(shape=(3, 1), queries=14, lengths=(1, 9, 4), mask="bool_rows", options=CAUSAL),
         Case(shape=(1, 3), queries=9, lengths=(6, 0, 3), options=CAUSAL),
-        Case(shape=(2, 1), batch=0),
     ],
     ids=str,
 )
@@ -68,10 +67,38 @@ def test_options_that_vary_are_never_those_of_another_call(ranks, shape):
     agrees(ranks, [Case(shape=shape, options=tuple(pairs.items())) for pairs in options], dynamic=True, graphs=3)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
-def test_inductor_compiles_it_too(ranks, shape):
-    case = Case(shape=shape, queries=17, dtype="float32", backend="native_flash", options=CAUSAL)
+@pytest.mark.parametrize(("shape", "heads"), [((2, 1), (4, 2)), ((2, 2), (4, 2)), ((1, 2), (1, 1))])
+def test_inductor_compiles_it_too(ranks, shape, heads):
+    case = Case(shape=shape, queries=17, heads=heads, dtype="float32", backend="native_flash", options=CAUSAL)
     agrees(ranks, [case], backend="inductor", tolerance=2e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shape=(1, 2), queries=5),
+        Case(shape=(1, 3), queries=8, heads=(2, 2), dtype="float32", mask="bool_rows"),
+        Case(shape=(1, 2), queries=9, whole="query", mask="float"),
+        Case(shape=(2, 2), queries=9, whole="query"),
+        Case(shape=(2, 1), queries=9, whole="query"),
+    ],
+    ids=str,
+)
+def test_exchanges_come_in_one_order_whatever_order_a_graph_is_put_in(ranks, case):
+    agrees(ranks, [case], backend="reordering", tolerance=EXACT if case.dtype == "float64" else 2e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("whole", [None, "query"])
+def test_a_batch_of_none_is_computed_where_it_is_so_on_every_rank(ranks, shape, whole):
+    agrees(ranks, [Case(shape=shape, batch=0, whole=whole)])
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)])
+def test_a_batch_of_none_on_one_rank_is_refused_on_all(ranks, shape):
+    for kind, message in ranks.run("parallel_compiled.none_on_one_rank", shape, on=shape[0] * shape[1]):
+        assert kind == "RanksDisagree"
+        assert "batch: 2 on rank 0, 0 on rank 1" in message
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((2, 1), (2, 2)), ((1, 2), (3, 3))])

@@ -16,9 +16,9 @@ from attn_core.parallel.completion import check_mask, documents, once
 from attn_core.parallel.context import ContextParallel
 from attn_core.parallel.faults import alone, told
 from attn_core.parallel.gathering import gathered, taken
+from attn_core.parallel.holding import nothing
 from attn_core.parallel.kind import Kind
 from attn_core.parallel.layout import even
-from attn_core.parallel.merge import wide
 from attn_core.parallel.ring import ring
 from attn_core.parallel.scope import suspended
 from attn_core.parallel.ulysses import exchange_of, over_heads
@@ -152,7 +152,7 @@ class _Call:
         kind = self._kind(query_layout, key_layout)
         if kind.batch == 0:
             agreed(kind.text)  # or the others would wait for this rank
-            out, lse = empty(self.query, self.key, self.value)
+            out, lse = nothing(self.query, self.key, self.value)
         elif kind.mode == "ring":
             out, lse = ring(self.query, self.key, self.value, tensors_of(self.attn_mask), kind.text)
         else:
@@ -283,14 +283,6 @@ def query_gradient(mode: str, query: torch.Tensor, *, whole_key: bool) -> bool |
 
 
 _OPTIONS = ("causal", "window_size", "softcap", "scale", "deterministic", "return_lse")
-
-
-def empty(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result of a batch of none."""
-    batch, length, heads, _ = query.shape
-    out = query.new_zeros(batch, length, heads, value.shape[3])
-    out = out + (query.sum() + key.sum() + value.sum()).to(out.dtype)  # joined to the graph
-    return out, query.new_zeros(batch, heads, length, dtype=wide(query.dtype))
 
 
 def tensors_of(mask: Any) -> list[torch.Tensor]:

@@ -15,11 +15,12 @@ import torch
 from attn_core import reading, traced
 from attn_core.errors import AttnError
 from attn_core.parallel.agreement import refuse_whole
-from attn_core.parallel.attending import empty, kind_of, query_gradient, refuse_what_no_ring_has, tensors_of
+from attn_core.parallel.attending import kind_of, query_gradient, refuse_what_no_ring_has, tensors_of
 from attn_core.parallel.completion import check_mask
 from attn_core.parallel.context import context
 from attn_core.parallel.faults import note
 from attn_core.parallel.gathering import gather, taken
+from attn_core.parallel.holding import in_turn, met, nothing
 from attn_core.parallel.kind import READ_LATER
 from attn_core.parallel.layout import Segment, even
 from attn_core.parallel.preparation import prepare
@@ -60,24 +61,21 @@ def traced_parallel(
         query = taken(query, 1, segments)
         if isinstance(attn_mask, torch.Tensor) and attn_mask.ndim == 4 and attn_mask.shape[2] == length > 1:
             attn_mask = taken(attn_mask, 2, segments)
-    if query.shape[0] == 0:
-        out, lse = empty(query, key, value)
-    else:
-        facts = (
-            chosen,
-            query.device,
-            query.dtype,
-            tuple(traced.constant(size) for size in (query.shape[2], key.shape[2], query.shape[3], value.shape[3])),
-            {name: traced.plain(option) for name, option in checked.items()},
-            reading.mask_facts(attn_mask, None),
-            reading.needs_graph(query, key, value),
-            query_gradient(mode, query, whole_key="key" in whole),
-        )
-        compute = _round if mode == "ring" else _over_heads
-        out, lse = compute((handle, "key" in whole, rows, told), facts, query, key, value, attn_mask)
+    facts = (
+        chosen,
+        query.device,
+        query.dtype,
+        tuple(traced.constant(size) for size in (query.shape[2], key.shape[2], query.shape[3], value.shape[3])),
+        {name: traced.plain(option) for name, option in checked.items()},
+        reading.mask_facts(attn_mask, None),
+        reading.needs_graph(query, key, value),
+        query_gradient(mode, query, whole_key="key" in whole),
+    )
+    compute = _round if mode == "ring" else _over_heads
+    out, lse = compute((handle, "key" in whole, rows, told), facts, query, key, value, attn_mask)
     if rows is not None:
         out = gather(out, 1, handle, list(rows))
-        lse = gather(lse, 2, handle, list(rows)) if checked["return_lse"] else lse
+        lse = gather(in_turn(lse, out), 2, handle, list(rows)) if checked["return_lse"] else lse
     return (out, lse.detach()) if checked["return_lse"] else out
 
 
@@ -88,6 +86,8 @@ def _round(lying: Any, facts: Any, query: Any, key: Any, value: Any, mask: Any) 
     found = _ring_kind(lying, *facts)
     if found[0] == "refused":
         raise traced.ERRORS[found[1]](found[2])
+    if query.shape[0] == 0:
+        return nothing(met(query, key, tensors_of(mask), found[1]), key, value)
     return ring(query, key, value, tensors_of(mask), found[1])
 
 
@@ -98,6 +98,8 @@ def _over_heads(lying: Any, facts: Any, query: Any, key: Any, value: Any, mask: 
         raise traced.ERRORS[found[1]](found[2])
     how, backend, queries, keys = Exchange(*found[1]), found[2], found[3], found[4]
     check_mask(mask, query, queries, keys)
+    if query.shape[0] == 0:
+        return nothing(met(query, key, tensors_of(mask), how.text), key, value)
     if how.rows is not None:
         mask = mask.expand(-1, -1, lengths[0], -1)
     if how.ring:

@@ -13,8 +13,8 @@ from attn_core.parallel.agreement import agreed, begun
 from attn_core.parallel.completion import with_batch
 from attn_core.parallel.faults import alone, blamed, told
 from attn_core.parallel.heads import Spread, by_heads, by_positions, shares
+from attn_core.parallel.holding import in_turn, nothing
 from attn_core.parallel.kind import parsed
-from attn_core.parallel.merge import wide
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,28 +95,22 @@ def over_heads(
         key, value = key[:, :, heads], value[:, :, heads]
     if isinstance(mask, torch.Tensor):
         if how.rows is not None:
-            mask = all_rows(mask, list(how.rows), how.text)
+            mask = all_rows(in_turn(mask, query), list(how.rows), how.text)
         mask = mask[:, slice(*how.heads)] if mask.shape[1] > 1 else mask
     if how.heads[0] == how.heads[1]:
-        out, lse = _no_heads(query, key, value)
+        out, lse = nothing(query, key, value, [mask] if how.rows is not None else [])
     else:
         out, lse = attend(query, key, value, mask)
-    out = _to_positions([out], rows, how.text)[0]
     if not how.return_lse:
-        return out, lse
-    lse = _to_positions([lse.detach().transpose(1, 2)[..., None]], rows, how.text)[0]
-    return out, lse[..., 0].transpose(1, 2).contiguous()
-
-
-def _no_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result of a place without heads: nothing, but joined to the graph, since the backward is an exchange of all."""
-    batch, length = query.shape[:2]
-    out = query.new_zeros(batch, length, 0, value.shape[3]) + (query.sum() + key.sum() + value.sum())
-    return out, query.new_zeros(batch, 0, length, dtype=wide(query.dtype))
+        return _to_positions([out], rows, how.text)[0], lse
+    out, lse = _to_positions([out, lse.detach().transpose(1, 2)[..., None]], [*rows, *rows], how.text)
+    return out, lse.detach()[..., 0].transpose(1, 2).contiguous()
 
 
 _SCHEMA = "(Tensor[] tensors, SymInt[] spread, str kind) -> Tensor[]"
 """Given, since torch 2.6 can't tell it from the annotations."""
+_WITH_LSE = 2
+"""How many tensors come home in one exchange: a result and its lse, not a result alone, nor three gradients."""
 
 
 @torch.library.custom_op("attn_core::to_heads", mutates_args=(), schema=_SCHEMA)
@@ -135,7 +129,10 @@ def _to_positions(tensors: Sequence[torch.Tensor], spread: Sequence[int], kind: 
     with alone(cp):
         agreed(with_batch(kind, tensors[0]))
         with told(cp), torch.no_grad():
-            return by_positions(cp, tensors, Spread.flat(spread, cp.ulysses))
+            spreads = Spread.flat(spread, cp.ulysses)
+            if len(tensors) != _WITH_LSE or tensors[0].dtype == tensors[1].dtype:
+                return by_positions(cp, tensors, spreads)
+            return [by_positions(cp, [tensor], [one])[0] for tensor, one in zip(tensors, spreads, strict=True)]
 
 
 @_to_heads.register_fake
@@ -160,12 +157,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG
     ctx.call = inputs[1:]
 
 
+def _setup_home(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _setup(ctx, inputs, output)
+    if len(inputs[0]) == _WITH_LSE:
+        ctx.set_materialize_grads(False)
+
+
+def _gradients_home(ctx: Any, grads: Sequence[torch.Tensor]) -> Any:
+    spread, kind = ctx.call
+    if len(grads) == _WITH_LSE:  # of the lse there is none, and none is sent
+        return [*_to_heads(list(grads[:1]), spread[: len(spread) // 2], kind), None], None, None
+    return _to_heads(list(grads), spread, kind), None, None
+
+
 _to_heads.register_autograd(
     lambda ctx, grads: (_to_positions(list(grads), *ctx.call), None, None), setup_context=_setup
 )
-_to_positions.register_autograd(
-    lambda ctx, grads: (_to_heads(list(grads), *ctx.call), None, None), setup_context=_setup
-)
+_to_positions.register_autograd(_gradients_home, setup_context=_setup_home)
 
 
 @torch.library.custom_op("attn_core::all_rows", mutates_args=())
