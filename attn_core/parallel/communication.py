@@ -61,7 +61,9 @@ class Transfer:
         group, peers = self._cp.group("ring"), self._cp.ring_ranks
         if "ring" in self._cp.staged and any(tensor.is_cuda for tensor, _ in (*sending, *receiving)):
             self._sending = sending = [(_off_device(tensor), place) for tensor, place in sending]
-            landing = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor, _ in receiving]
+            landing = [
+                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu") for tensor, _ in receiving
+            ]
             self._arrivals = [(tensor, host) for (tensor, _), host in zip(receiving, landing, strict=True)]
             receiving = [(host, place) for host, (_, place) in zip(landing, receiving, strict=True)]
         operations = [dist.P2POp(dist.isend, tensor, peers[place], group, self._tag) for tensor, place in sending]
@@ -143,7 +145,7 @@ def _off_device(tensor: torch.Tensor) -> torch.Tensor:
     stream = _streams.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
     stream.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(stream):
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
         host.copy_(tensor, non_blocking=True)
     stream.synchronize()
     return host

@@ -163,7 +163,9 @@ def _ring(
         with told(found.cp), torch.no_grad():
             near, offset = _without_offset(prepared, _dense(prepared, mask, query), query)
             out, lse = _forward(prepared, query, key, value, near)
-            lengths = torch.tensor(lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64)
+            lengths = torch.tensor(
+                lengths_of(prepared.kind) if found.keys is None else [], dtype=torch.int64, device="cpu"
+            )
             return out, lse, _added(lse, mask, offset), lengths
 
 

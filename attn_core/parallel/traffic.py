@@ -91,7 +91,7 @@ def pairs_of(piece: Piece) -> int:
 
 @lru_cache(maxsize=1024)  # a ring has many pieces and few shapes of them
 def _pairs(queries: int, keys: int, left: int, right: int, causal: bool) -> int:
-    diagonal = torch.arange(queries) + keys - queries
+    diagonal = torch.arange(queries, device="cpu") + keys - queries
     last = (diagonal + right).clamp(max=keys - 1) if right != -1 or causal else torch.full_like(diagonal, keys - 1)
     first = (diagonal - left).clamp(min=0) if left >= 0 else torch.zeros_like(diagonal)
     return int((last - first + 1).clamp(min=0).sum())
