@@ -21,6 +21,7 @@ _NEAR_IN_HALF = (
 _TAKEN = "attn_offset_taken"
 """Attribute of a mask that was returned here, which the core may give to an adapter that asks for the same."""
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # of others, as fake ones, nobody knows
 _is_traced = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _are_transformed = torch._C._are_functorch_transforms_active
@@ -88,7 +89,7 @@ def offset_of(largest: torch.Tensor) -> torch.Tensor | None:
 
 def asks(mask: torch.Tensor) -> bool:
     """Whether a look at the numbers is to be had, and costs no wait for a device."""
-    return mask.is_cpu and not (_is_traced() or _dispatch_modes() or _are_transformed())
+    return mask.is_cpu and type(mask) in _PLAIN and not (_is_traced() or _dispatch_modes() or _are_transformed())
 
 
 def _near_in(dtype: torch.dtype) -> float:

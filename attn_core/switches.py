@@ -65,7 +65,7 @@ class Switches(NamedTuple):
         """What concerns none of these rows, each with its variable: a slip of the keyboard would switch nothing off."""
         shown = [(row.distribution or "", (row.name, *row.aliases)) for row in rows]
         return [
-            f"{variable}: {item!r} matches nothing that is installed here"
+            f"{variable}: {item!r} matches no row of the list"
             for variable, items in ((DISABLE, self.disable), (ONLY, self.only or ()))
             for item in items
             if not any(_concerns(item, distribution, names) for distribution, names in shown)

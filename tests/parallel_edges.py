@@ -43,6 +43,19 @@ def some_gradients(case, names):
     return max(off(cp, grad, wanted[f"d{name}"]) for name, grad in zip(names, grads, strict=True))
 
 
+def recomputed(case):
+    """The largest difference of the gradients where the call is recomputed in the backward."""
+    cp = context(case.shape)
+    parts, g = parts_of(cp, case)
+
+    def call(*parts):
+        return attention(*parts, backend=case.backend, parallel=cp, **dict(case.options))
+
+    grads = torch.autograd.grad(checkpoint(call, *parts, use_reentrant=False), parts, g)
+    wanted = expected(case)
+    return max(off(cp, grad, wanted[f"d{name}"]) for name, grad in zip("qkv", grads, strict=True))
+
+
 def summed(case):
     """The same for a gradient that is one number for all, as ``sum`` hands it down, twice."""
     cp = context(case.shape)

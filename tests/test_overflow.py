@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_core import KeyPadding, attention
 from attn_core.testing import reference
+from attn_native import sdpa
 
 HALF = (torch.float16, torch.bfloat16)
 ON_CPU = ("native", "native_flash", "native_math")
@@ -24,12 +26,25 @@ def test_a_score_of_infinity_is_nan_in_half_precision_at_every_length(backend, k
     assert out.isnan().any(-1).sum() == 1
 
 
+def test_values_of_zero_are_not_taken_for_it(monkeypatch):
+    query = torch.randn(1, 32, 2, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(sdpa, "_general", None)  # what would compute again
+    assert (attention(query, query, torch.zeros_like(query), backend="native") == 0.0).all()
+
+
+def test_fake_tensors_outside_of_their_mode_are_not_looked_at():
+    with FakeTensorMode():
+        query = torch.empty(2, 32, 4, 16, dtype=torch.float16)
+    assert attention(query, query, query, backend="native").shape == (2, 32, 4, 16)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("form", ["key_padding", "bool", "float"])
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_a_query_of_nan_that_sees_nothing_is_in_nothing(backend, form, return_lse):
+def test_a_query_of_nan_that_sees_nothing_is_in_nothing(backend, form, return_lse, number):
     query, key = torch.randn(2, 20, 2, 8), torch.randn(2, 24, 2, 8)
-    query[0, 3] = torch.nan
+    query[0, 3] = number
     keep = torch.ones(2, 24, dtype=torch.bool)
     keep[0] = False
     mask = KeyPadding(keep)
@@ -37,7 +52,7 @@ def test_a_query_of_nan_that_sees_nothing_is_in_nothing(backend, form, return_ls
         mask = keep[:, None, None].expand(-1, -1, 20, -1)
     if form == "float":
         mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    expected, expected_lse = reference(query.nan_to_num(), key, key, attn_mask=mask)
+    expected, expected_lse = reference(query.nan_to_num(posinf=0.0), key, key, attn_mask=mask)
     query.requires_grad_()
     key.requires_grad_()
     found = attention(query, key, key, attn_mask=mask, backend=backend, return_lse=return_lse)

@@ -82,6 +82,13 @@ def test_a_plan_is_refused_where_ranks_are_in_force(ranks, mask):
         assert all("plan: called inside use_parallel" in text for text in said), said
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("shape", MODES)
+def test_a_call_is_recomputed_alike_on_places_with_few_heads_and_none(ranks, shape, heads):
+    case = Case(shape=shape, heads=heads, backend="native_math", dtype="float64", options=CAUSAL)
+    assert max(ranks.run("parallel_edges.recomputed", case, on=shape[0] * shape[1])) < 1e-10
+
+
 @pytest.mark.parametrize("shape", MODES)
 def test_explain_refuses_what_attention_refuses(ranks, shape):
     for found in ranks.run("parallel_edges.explained_as_made", shape, on=shape[0] * shape[1]):

@@ -227,6 +227,35 @@ def test_modernbert_which_sees_a_window_on_both_sides_and_speaks_of_determinism_
     torch.testing.assert_close(*found)
 
 
+def test_a_model_that_uses_the_interface_and_does_not_say_so_is_taken():
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    eager = transformers.SplinterModel._from_config(
+        transformers.SplinterConfig(**sizes), attn_implementation="eager"
+    ).eval()
+    model = transformers.SplinterModel._from_config(
+        transformers.SplinterConfig(**sizes), attn_implementation="attn"
+    ).eval()
+    model.load_state_dict(eager.state_dict())
+    given = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    torch.testing.assert_close(model(**given)[0][:, :3], eager(**given)[0][:, :3])
+
+
+def test_a_configuration_of_ones_own_is_as_good_as_the_one_that_it_derives_from():
+    class Own(transformers.MPNetConfig):
+        pass
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.MPNetModel._from_config(Own(**sizes), attn_implementation="attn")
+    with pytest.raises(CallRefused, match=r"Own.*of its own.*MPNetPreTrainedModel"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
 @pytest.mark.parametrize("kind", ["MPNet", "Bloom"])
 def test_a_model_whose_own_code_would_read_the_masks_is_refused(kind):
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -297,13 +297,17 @@ def attention_mask(
     )
 
 
+MIXED = frozenset({"BigBirdPegasusConfig", "NllbMoeConfig", "PegasusXConfig"})
+"""Configurations of models that use the attention interface in some layers, and have attention of their own in others."""
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _refuse_models_of_their_own(config: type) -> None:
     """Refuse a configuration all of whose models have attention of their own, and so may read any mask as theirs."""
     if config in _supported:
         return
-    models = [model for model in _models(PreTrainedModel) if model.config_class is config]
-    if not models or any(model._supports_attention_backend or model._supports_sdpa for model in models):  # noqa: SLF001
+    models = _models_of(config)
+    if not models or (config.__name__ not in MIXED and any(map(_uses_interface, models))):
         _supported.add(config)
         return
     msg = (
@@ -316,6 +320,20 @@ def _refuse_models_of_their_own(config: type) -> None:
 
 _supported: set[type] = set()
 """Configurations whose models use the interface, or of which none is known."""
+
+
+def _models_of(config: type) -> list[type[PreTrainedModel]]:
+    """The models that are made of a configuration, or else of the class that it derives from, with the family's base first."""
+    found = list(_models(PreTrainedModel))
+    of_each = ([model for model in found if model.config_class is kind] for kind in config.__mro__)
+    return next((models for models in of_each if models), [])
+
+
+def _uses_interface(model: type[PreTrainedModel]) -> bool:
+    """By what a model says of itself, or else by transformers' own look at its source."""
+    says = model._supports_attention_backend or model._supports_sdpa  # noqa: SLF001
+    look: Callable[[], bool] | None = getattr(model, "_can_set_attn_implementation", None)
+    return bool(says or (look is not None and look()))
 
 
 def _models(kind: type[PreTrainedModel]) -> Iterator[type[PreTrainedModel]]:

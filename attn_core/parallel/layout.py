@@ -38,6 +38,8 @@ class kept(Generic[Value]):  # noqa: N801 - a decorator
         self.__doc__ = compute.__doc__
 
     def __get__(self, instance: Any, owner: type | None = None) -> Value:
+        if instance is None:
+            return self  # type: ignore[return-value]
         found = instance.__dict__[self._name] = self._compute(instance)
         return found
 

@@ -64,11 +64,11 @@ def forward(
         return_lse: whether the lse is returned too.
     """
     queries, keys = query.shape[1], key.shape[1]
-    if attn_mask is not None and (_traced() or bool(query.detach().sum().isnan())):
+    if attn_mask is not None and (_traced() or not bool(query.detach().sum().isfinite())):
         sees = seeing(attn_mask, queries, keys, causal=causal, device=query.device)
         if (
             sees is not None
-        ):  # a NaN in a query that sees nothing would be in its result and in the gradients of all keys
+        ):  # a NaN or inf in a query that sees nothing would be in its result and in the gradients of all keys
             query = query.masked_fill(~sees.transpose(1, 2).unsqueeze(-1), 0.0)
     mask, offset = attn_mask, None
     if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype != torch.bool:

@@ -42,7 +42,7 @@ _FUSED: dict[int, Callable[..., Any]] = {
 }
 
 
-def forward(
+def forward(  # noqa: C901 - a further function on the way of the plain call would cost what it saves
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -101,7 +101,9 @@ def forward(
         ).transpose(1, 2)
         if query.is_cuda:
             return _with_readable_gradient(out) if out.requires_grad else out
-        return _with_infinity(out, query, key, value, None, None, causal=causal, scale=scale, dropout_p=dropout_p)
+        if query.dtype in _HALF:
+            return _with_infinity(out, query, key, value, None, None, causal=causal, scale=scale, dropout_p=dropout_p)
+        return out
     if not torch.compiler.is_dynamo_compiling() and type(key.shape[1]) is int:  # it would bind the graph to the lengths
         causal, window_size = narrowed(query.shape[1], key.shape[1], causal=causal, window_size=window_size)
     if return_lse and query.is_cpu:
@@ -152,11 +154,21 @@ def _with_infinity(
     ):  # dropout has another kernel
         return out
     nothing = (out.detach() == 0.0).all(-1)
-    if not bool((nothing if blind is None else nothing & ~blind[..., 0].transpose(1, 2)).any()):
+    if blind is not None:
+        nothing = nothing & ~blind[..., 0].transpose(1, 2)
+    if not bool(nothing.any()) or _are_finite(query, key, mask, options["scale"]):
         return out
     if mask is not None and mask.dtype == query.dtype:
         mask = mask.float()
     return _general(query.float(), key.float(), value.float(), mask, **options).to(query.dtype)
+
+
+def _are_finite(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> bool:
+    """Whether no score can be infinite or NaN, by the largest numbers of query and key; values may well be 0."""
+    if mask is not None and mask.dtype != torch.bool and not bool(mask.detach().amax() < float("inf")):
+        return False
+    reach = query.detach().abs().amax().double() * key.detach().abs().amax().double()
+    return bool(reach * (query.shape[3] * max(abs(scale), 1.0)) < torch.finfo(torch.float32).max)
 
 
 def _with_readable_gradient(out: torch.Tensor) -> torch.Tensor:
