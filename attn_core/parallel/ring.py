@@ -410,7 +410,7 @@ def _dense(prepared: Prepared, mask: Sequence[torch.Tensor], query: torch.Tensor
 
 
 def _is_float(mask: Sequence[torch.Tensor]) -> bool:
-    return bool(mask) and mask[0].is_floating_point()
+    return len(mask) > 0 and mask[0].is_floating_point()  # Dynamo of torch 2.11 takes no bool of a list
 
 
 def _added(lse: torch.Tensor, mask: Sequence[torch.Tensor], offset: torch.Tensor | None) -> torch.Tensor:
