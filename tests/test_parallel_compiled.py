@@ -101,6 +101,7 @@ def test_a_batch_of_none_on_one_rank_is_refused_on_all(ranks, shape):
         assert "batch: 2 on rank 0, 0 on rank 1" in message
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="Dynamo of torch 2.6 can't trace cp.unshard")
 @pytest.mark.parametrize(("shape", "heads"), [((2, 1), (2, 2)), ((1, 2), (3, 3))])
 def test_a_later_launch_takes_what_this_rank_compiled(ranks, tmp_path, shape, heads):
     """torch keeps graphs on disk by their text: that of another rank cuts, and spreads heads, as that rank does."""

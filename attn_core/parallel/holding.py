@@ -98,17 +98,27 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG0
 
 
 @torch.library.custom_op("attn_core::nothing_backward", mutates_args=())
-def _nothing_backward(grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # noqa: ARG001
-    return [torch.zeros_like(tensor) for tensor in tensors]
+def _nothing_backward(
+    grad: torch.Tensor,  # noqa: ARG001
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
 
 @_nothing_backward.register_fake
-def _(grad: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # noqa: ARG001
-    return [torch.empty_like(tensor) for tensor in tensors]
+def _(
+    grad: torch.Tensor,  # noqa: ARG001
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 _nothing.register_autograd(
-    lambda ctx, grad, _: (*_nothing_backward(grad, list(ctx.saved_tensors)), [None] * ctx.earlier), setup_context=_save
+    lambda ctx, grad, _: (*_nothing_backward(grad, *ctx.saved_tensors), [None] * ctx.earlier), setup_context=_save
 )
 
 
