@@ -71,34 +71,18 @@ def _(tensor: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:  # noqa: ARG
     return torch.empty_like(tensor)
 
 
-@torch.library.custom_op("attn_core::nothing", mutates_args=())
-def _nothing(
+def _without_elements(
     query: torch.Tensor,
     key: torch.Tensor,  # noqa: ARG001
     value: torch.Tensor,
     earlier: Sequence[torch.Tensor],  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _without_elements(query, value)
+    batch, length, heads, _ = query.shape
+    out = query.new_zeros(batch, length, heads, value.shape[3])
+    return out, query.new_zeros(batch, heads, length, dtype=wide(query.dtype))
 
 
-@_nothing.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,  # noqa: ARG001
-    value: torch.Tensor,
-    earlier: Sequence[torch.Tensor],  # noqa: ARG001
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _without_elements(query, value)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
-    *tensors, earlier = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.earlier = len(earlier)
-
-
-@torch.library.custom_op("attn_core::nothing_backward", mutates_args=())
-def _nothing_backward(
+def _zeros(
     grad: torch.Tensor,  # noqa: ARG001
     query: torch.Tensor,
     key: torch.Tensor,
@@ -107,22 +91,16 @@ def _nothing_backward(
     return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
 
-@_nothing_backward.register_fake
-def _(
-    grad: torch.Tensor,  # noqa: ARG001
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    *tensors, earlier = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.earlier = len(earlier)
 
 
+_nothing = torch.library.custom_op("attn_core::nothing", _without_elements, mutates_args=())
+_nothing.register_fake(_without_elements)
+_nothing_backward = torch.library.custom_op("attn_core::nothing_backward", _zeros, mutates_args=())
+_nothing_backward.register_fake(_zeros)
 _nothing.register_autograd(
     lambda ctx, grad, _: (*_nothing_backward(grad, *ctx.saved_tensors), [None] * ctx.earlier), setup_context=_save
 )
-
-
-def _without_elements(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, length, heads, _ = query.shape
-    out: Any = query.new_zeros(batch, length, heads, value.shape[3])
-    return out, query.new_zeros(batch, heads, length, dtype=wide(query.dtype))
