@@ -251,8 +251,7 @@ def attention_mask(
 ) -> torch.Tensor | PartialMask | None:
     """Make the mask of a layer type, as transformers asks for it once per forward.
 
-    Refused for models that transformers does not hold to support its attention interface: their own code would read this
-    mask as another.
+    Refused for models whose attention is code of their own, which would read this mask as another.
 
     None is returned only where the layer's own "causal" (bottom-right) or "everything" says the same: no padding, no
     window that cuts, and for causal the last query on the last key. A static cache, whose empty slots lie behind the
@@ -262,6 +261,9 @@ def attention_mask(
 
     Returns:
         None, or bool broadcastable to (B, 1, Sq, Skv), True may attend. Padding alone is (B, 1, 1, Skv).
+
+    Raises:
+        CallRefused: such a model; and inside ``use_parallel`` what isn't a forward of a whole sequence.
     """
     _refuse_models_of_their_own(type(others.get("config")))
     parallel = _ranks()
