@@ -1,9 +1,9 @@
 """Adapter of flash-attn 2 (``flash_attn``), written against 2.8.3.
 
-Its public functions bring their own graph, dropout included, and trace; where no gradient is asked for, the operator below them
-does the same at less cost. Of a query that sees nothing the result is 0 and the lse +inf, which its backward wants as well. A right
-side of a window that is unlimited, or beyond the longest sequence of keys, it takes to be that length, which is too little where
-there are more queries than keys.
+Its public functions bring their own graph, dropout included, and trace; where no gradient is asked for, the operator below
+them does the same at less cost. Of a query that sees nothing the result is 0 and the lse +inf, which its backward wants as
+well. A right side of a window that is unlimited, or beyond the longest sequence of keys, it takes to be that length, which
+is too little where there are more queries than keys.
 """
 
 from __future__ import annotations
