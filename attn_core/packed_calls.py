@@ -69,7 +69,11 @@ class Options(NamedTuple):
 
 
 class Kernel(Protocol):
-    """One library. Tensors are (B, S, H, D), or (N, H, D) with ``starts``; an lse is (B, H, S), or (H, N)."""
+    """One library. Tensors are (B, S, H, D), or (N, H, D) with ``starts``; an lse is (B, H, S), or (H, N).
+
+    One that reads none of the keys behind a sequence, and whose backward writes zeros for the keys of a sequence without
+    queries, may say so with an attribute ``takes_gaps = True``: keys that need not be moved then stay in their places.
+    """
 
     def widths(self, head_dim: int, value_head_dim: int, device: torch.device) -> tuple[int, int]:
         """The head dims of query and of value to pad to."""
@@ -171,7 +175,7 @@ def _masked(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     width = value.shape[3]
-    form = _form(query, key, attn_mask, options)
+    form = _form(kernel, query, key, attn_mask, options)
     if form.hidden is not None:
         query_length = query.shape[1]
         query, key = hide(query, key, form.hidden, options.scale)
@@ -216,7 +220,7 @@ def differentiate(
         sign = query_sign(options.scale)
         query, scale = positive_scale(query, options.scale)
         options = options._replace(scale=scale)
-    form = _Form() if attn_mask is None else _form(query, key, attn_mask, options)
+    form = _Form() if attn_mask is None else _form(kernel, query, key, attn_mask, options)
     if form.hidden is not None:
         query, key = hide(query, key, form.hidden, options.scale)
     query, key, value = _shaped(kernel, query, key, value)
@@ -236,14 +240,16 @@ def differentiate(
     return dq if sign == 1.0 else dq * sign, dk[..., :head_dim], dv[..., :width]
 
 
-def _form(query: torch.Tensor, key: torch.Tensor, attn_mask: KeyPadding | Packed, options: Options) -> _Form:
+def _form(
+    kernel: Kernel, query: torch.Tensor, key: torch.Tensor, attn_mask: KeyPadding | Packed, options: Options
+) -> _Form:
     if isinstance(attn_mask, Packed):
         longest_q = query.shape[1] if attn_mask.max_seqlen_q is None else attn_mask.max_seqlen_q
         longest_k = key.shape[1] if attn_mask.max_seqlen_k is None else attn_mask.max_seqlen_k
         return _Form(starts=Starts(attn_mask.cu_seqlens_q, attn_mask.cu_seqlens_k, longest_q, longest_k))
     if options.diagonal and not keeps_diagonals(attn_mask):
         return _Form(hidden=attn_mask)
-    packing = pack(attn_mask, query.shape[1])
+    packing = pack(attn_mask, query.shape[1], gaps=getattr(kernel, "takes_gaps", False))
     starts = Starts(packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k)
     return _Form(starts=starts, packing=packing)
 

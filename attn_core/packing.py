@@ -1,9 +1,10 @@
 """Key padding for kernels that take no mask: the kept keys laid end to end or in front, or the others hidden by columns.
 
 ``pack`` prepares, once for a description, where each kept key goes and where each sequence starts. Every query stays, since
-each has a defined result, so that packing the queries is a reshape. Packed keys keep their order and lose their places: a
-diagonal (causal, a window) means the same as before only where all padding is on the left. Elsewhere ``hide`` adds columns
-to query and key that take the scores of padding below all others.
+each has a defined result, so that packing the queries is a reshape. So is packing the keys with ``gaps``, where those that are
+kept are one run in each sequence: padding becomes a sequence without queries. Packed keys keep their order and lose their
+places: a diagonal (causal, a window) means the same as before only where all padding is on the left. Elsewhere ``hide`` adds
+columns to query and key that take the scores of padding below all others.
 
 A kernel that reads its keys in whole tiles, and so reads on into the sequence that is packed after the one it works on, gives
 the one what NaN the other has. ``front`` leaves each sequence its own keys, the kept ones first, then zeros.
@@ -36,6 +37,9 @@ _LARGEST = {torch.float16: 6e4}
 _LEAST = 1e4
 """What is taken at least, where the dtype ends before."""
 
+_MOST_SEQUENCES = 2**16 - 1
+"""How many sequences a call is given at most with gaps: kernels have them in one dimension of their grid."""
+
 
 class Packing(NamedTuple):
     """How the keys of a padded batch are laid end to end.
@@ -43,16 +47,17 @@ class Packing(NamedTuple):
     Attributes:
         keep: which keys are real, bool (B, Skv).
         rows: for each packed key its row among the B * Skv keys, int64 (N,). N is the number of kept keys where that could
-            be read, else B * Skv, and what is not kept comes last, beyond all sequences.
-        cu_seqlens_q: where each sequence starts among the queries, int32 (B + 1,).
+            be read, else B * Skv, and what is not kept comes last, beyond all sequences. None where keys stay in their
+            places, and the padding before, between and behind the kept ones is B + 1 sequences without queries.
+        cu_seqlens_q: where each sequence starts among the queries, int32 (B + 1,), or (2 * B + 2,) with gaps.
         cu_seqlens_k: the same among the packed keys.
         max_seqlen_q: how many queries each sequence has.
         max_seqlen_k: at least the length of the longest sequence of keys.
-        exact: whether N is the number of kept keys.
+        exact: whether N is the number of kept keys, or keys stay in their places.
     """
 
     keep: torch.Tensor
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
@@ -61,7 +66,10 @@ class Packing(NamedTuple):
 
     def keys(self, tensor: torch.Tensor) -> torch.Tensor:
         """Pack key or value: (B, Skv, H, D) to (N, H, D)."""
-        packed = tensor.flatten(0, 1).index_select(0, self.rows)
+        packed = tensor.flatten(0, 1)
+        if self.rows is None:
+            return packed
+        packed = packed.index_select(0, self.rows)
         if self.exact:
             return packed
         beyond = torch.arange(self.rows.shape[0], device=self.rows.device) >= self.cu_seqlens_k[-1]
@@ -77,7 +85,9 @@ class Packing(NamedTuple):
 
     def unpack_keys(self, grad: torch.Tensor) -> torch.Tensor:
         """Put a gradient of packed keys back: (N, H, D) to (B, Skv, H, D), zeros where a key is hidden."""
-        rows = grad.new_zeros(self.keep.numel(), *grad.shape[1:]).index_copy(0, self.rows, grad)
+        rows = grad
+        if self.rows is not None:
+            rows = grad.new_zeros(self.keep.numel(), *grad.shape[1:]).index_copy(0, self.rows, grad)
         whole: torch.Tensor = rows.unflatten(0, self.keep.shape)
         return whole if self.exact else whole.masked_fill(~self.keep[:, :, None, None], 0.0)
 
@@ -92,7 +102,7 @@ class Packing(NamedTuple):
         return batch.transpose(0, 1)
 
 
-def pack(padding: KeyPadding, query_length: int) -> Packing:
+def pack(padding: KeyPadding, query_length: int, *, gaps: bool = False) -> Packing:
     """Prepare how the keys that are kept are laid end to end; once, and kept with the description.
 
     Lengths are copied from the device the first time. In traced code and while a CUDA graph is captured they can't be, and
@@ -101,6 +111,8 @@ def pack(padding: KeyPadding, query_length: int) -> Packing:
     Args:
         padding: which keys are kept.
         query_length: Sq.
+        gaps: whether keys stay in their places where they can. For a kernel that reads none of the keys behind a sequence,
+            and writes gradients of zeros for the keys of a sequence without queries.
 
     Example:
         >>> import torch
@@ -108,9 +120,13 @@ def pack(padding: KeyPadding, query_length: int) -> Packing:
         >>> packing = pack(KeyPadding(torch.tensor([[False, True], [True, True]])), 2)
         >>> packing.rows.tolist(), packing.cu_seqlens_k.tolist(), packing.max_seqlen_k
         ([1, 2, 3], [0, 1, 3], 2)
+        >>> packing = pack(KeyPadding(torch.tensor([[False, True], [True, True]])), 2, gaps=True)
+        >>> packing.rows, packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
+        (None, [0, 0, 2, 2, 4, 4], [0, 1, 2, 2, 4, 4])
     """
     return padding.prepared(
-        ("packing", query_length), lambda: _pack(padding.keep, query_length, readable=_readable(padding))
+        ("packing", query_length, gaps),
+        lambda: _pack(padding.keep, query_length, readable=_readable(padding), gaps=gaps),
     )
 
 
@@ -243,8 +259,10 @@ def _readable(padding: KeyPadding) -> bool:
     return not traced(padding.keep) and not capturing(padding.keep)
 
 
-def _pack(keep: torch.Tensor, query_length: int, *, readable: bool) -> Packing:
+def _pack(keep: torch.Tensor, query_length: int, *, readable: bool, gaps: bool) -> Packing:
     batch, keys = keep.shape
+    if gaps and readable and 2 * batch < _MOST_SEQUENCES and _is_run(keep):
+        return _in_place(keep, query_length)
     lengths = keep.sum(1)
     starts = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     starts_q = torch.arange(batch + 1, dtype=torch.int32, device=keep.device) * query_length
@@ -254,6 +272,22 @@ def _pack(keep: torch.Tensor, query_length: int, *, readable: bool) -> Packing:
         )
     rows = (~keep).flatten().to(torch.uint8).argsort(stable=True)
     return Packing(keep, rows, starts_q, starts, query_length, keys, exact=False)
+
+
+def _is_run(keep: torch.Tensor) -> bool:
+    """Whether the kept keys of each sequence follow one another."""
+    begins = keep & ~pad(keep[:, :-1], (1, 0))
+    return not bool((begins.sum(1) > 1).any())
+
+
+def _in_place(keep: torch.Tensor, query_length: int) -> Packing:
+    batch, keys = keep.shape
+    first = keep.to(torch.uint8).argmax(1) + torch.arange(batch, device=keep.device) * keys
+    runs = torch.stack((first, first + keep.sum(1)), 1)  # where each begins and ends
+    starts = pad(pad(runs.flatten(), (1, 0)), (0, 1), value=batch * keys).to(torch.int32)
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=keep.device) * query_length
+    longest = int((starts[1:] - starts[:-1]).max())
+    return Packing(keep, None, ends.repeat_interleave(2), starts, query_length, longest, exact=True)
 
 
 def _front(keep: torch.Tensor, *, readable: bool) -> Front:

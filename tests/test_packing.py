@@ -32,8 +32,8 @@ def expected(query, key, value, **options):
     return reference(query, key, value, **options)
 
 
-def through_packing(query, key, value, padding, **options):
-    made = packing.pack(padding, query.shape[1])
+def through_packing(query, key, value, padding, *, gaps=False, **options):
+    made = packing.pack(padding, query.shape[1], gaps=gaps)
     mask = Packed(made.cu_seqlens_q, made.cu_seqlens_k)
     packed = [made.queries(query), made.keys(key), made.keys(value)]
     used = int(made.cu_seqlens_k[-1])  # a kernel reads no further than the last sequence
@@ -65,6 +65,48 @@ def test_packed_is_padded(name, readable, monkeypatch):
     key.requires_grad_()
     made.keys(key).backward(grad)
     assert torch.equal(key.grad, back)
+
+
+RUNS = {
+    "left": KEPT["left"],
+    "right": KEPT["right"],
+    "both": [[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1]],
+    "nothing": KEPT["nothing"],
+    "nothing at all": [[0] * 5] * 3,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_of_keys_stay_in_their_places(name):
+    query, key, value = (item.requires_grad_() for item in inputs())
+    keep = torch.tensor(RUNS[name], dtype=torch.bool)
+    key.data[~keep] = torch.nan
+    padding = KeyPadding(keep)
+    made = packing.pack(padding, 4, gaps=True)
+    assert made.keys(key).data_ptr() == key.data_ptr()
+    assert made.cu_seqlens_q.shape == made.cu_seqlens_k.shape == (8,)
+    assert made.cu_seqlens_k.dtype == made.cu_seqlens_q.dtype == torch.int32
+    assert made.cu_seqlens_k[-1] == keep.numel()  # so that a backward writes the gradient of each key
+    assert made.max_seqlen_k == int(made.cu_seqlens_k.diff().max())
+    assert int(made.cu_seqlens_k.diff()[::2].sum()) == int((~keep).sum())
+    assert not made.cu_seqlens_q.diff()[::2].any()
+    found = through_packing(query, key.nan_to_num(), value, padding, gaps=True)
+    assert_same(found, expected(query, key.nan_to_num(), value, attn_mask=padding))
+    grad = torch.randn(15, 2, 8)
+    assert made.unpack_keys(grad).data_ptr() == grad.data_ptr()
+
+
+def test_what_is_no_run_or_too_much_is_packed(monkeypatch):
+    assert packing.pack(padding_of("holes"), 4, gaps=True).rows is not None
+    monkeypatch.setattr(packing, "_MOST_SEQUENCES", 6)
+    assert packing.pack(padding_of("left"), 4, gaps=True).rows is not None
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_in_traced_code_nothing_stays(name):
+    made = torch.compile(lambda keep: packing.pack(KeyPadding(keep), 4, gaps=True).keys(key), backend="eager")
+    key = inputs()[1]
+    assert made(torch.tensor(RUNS[name], dtype=torch.bool)).shape == (15, 2, 8)
 
 
 def test_lse_goes_there_and_back():

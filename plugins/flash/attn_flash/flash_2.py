@@ -66,6 +66,8 @@ def backward(
 
 
 class _Kernel:
+    takes_gaps = True
+
     def widths(self, head_dim: int, value_head_dim: int, _: torch.device) -> tuple[int, int]:
         """One for all, in steps of 8."""
         width = max(head_dim, value_head_dim)

@@ -18,7 +18,7 @@ from attn_core.offset import without_offset
 from attn_core.packed_calls import Kernel, Options, Starts, attend, differentiate, options_of
 from attn_core.shaping import aligned, positive_scale, query_sign, widened
 from attn_xformers.bias import dense_bias, hidden_rows
-from attn_xformers.operators import Given, run, run_backward, traced_backward, traced_run
+from attn_xformers.operators import HAS_FLASH_3, Given, run, run_backward, traced_backward, traced_run
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
@@ -36,6 +36,8 @@ class _Operator:
 
     def __init__(self, which: str) -> None:
         self.which = which
+        # FlashAttention-3, which xformers chooses where it is there, reads on behind a sequence
+        self.takes_gaps = which == "flash" or (which == "auto" and not HAS_FLASH_3)
 
     def widths(self, head_dim: int, value_head_dim: int, _: torch.device) -> tuple[int, int]:
         """In steps of 8, and one for all but cutlass; a power of two for split-K."""

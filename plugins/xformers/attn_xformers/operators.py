@@ -16,6 +16,8 @@ from attn_xformers.bias import diagonal_bias, packed_bias
 
 _FORWARDS = {"auto": None, "cutlass": fmha.cutlass.FwOp, "flash": fmha.flash.FwOp, "splitk": fmha.triton_splitk.FwOp}
 _BACKWARDS = {"auto": None, "cutlass": fmha.cutlass.BwOp, "flash": fmha.flash.BwOp}
+HAS_FLASH_3: bool = fmha.flash3.FwOp.is_available()
+"""Whether xformers finds FlashAttention-3, which it prefers then."""
 
 
 class Given(NamedTuple):
