@@ -13,7 +13,7 @@ import torch
 
 from attn_core.masks import KeyPadding, Packed
 from attn_core.packing import Packing, blind_queries, hide, keeps_diagonals, pack
-from attn_core.shaping import aligned, positive_scale, query_sign, widened
+from attn_core.shaping import aligned, infinite_lse, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -66,6 +66,10 @@ class Options(NamedTuple):
     def open_diagonal(self) -> bool:
         """Whether it does, and a query sees keys behind its own."""
         return self.right > 0 or (self.right < 0 and self.left >= 0)
+
+    def all_see(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        """Whether each query of a dense call, (B, S, H, D), sees a key: its own at least, where there are as many."""
+        return not self.diagonal or query.shape[1] <= key.shape[1]
 
 
 class Kernel(Protocol):
@@ -223,6 +227,7 @@ def differentiate(
     form = _Form() if attn_mask is None else _form(kernel, query, key, attn_mask, options)
     if form.hidden is not None:
         query, key = hide(query, key, form.hidden, options.scale)
+        lse = infinite_lse(lse)  # of a query that sees padding alone, which the kernel takes for one that sees
     query, key, value = _shaped(kernel, query, key, value)
     grad_out, out = (aligned(widened(item, value.shape[3])) for item in (grad_out, out))
     if form.packing is not None:

@@ -90,13 +90,16 @@ _SPLIT_QUERIES = 64 * 512
 """Up to how many queries, of all sequences and heads, keys may be split: two blocks of 64 to each multiprocessor of a GPU."""
 
 
-def natural_lse(lse: torch.Tensor, out: torch.Tensor, nothing: float = float("inf")) -> torch.Tensor:
+def natural_lse(
+    lse: torch.Tensor, out: torch.Tensor, nothing: float = float("inf"), *, all_see: bool = False
+) -> torch.Tensor:
     """The lse of a kernel that gives one number to a query that sees nothing (result 0) and to one that met a NaN.
 
     Args:
         lse: (B, H, S), or (H, N) of a packed call.
         out: the result, (B, S, H, D) or (N, H, D).
         nothing: that number: +inf with FlashAttention-2, -inf with its successors.
+        all_see: whether it is known that each query sees a key, so that the number is of NaN alone; takes one launch.
 
     Returns:
         -inf for a query that sees nothing, NaN for one that met a NaN, and the lse of the others.
@@ -107,7 +110,11 @@ def natural_lse(lse: torch.Tensor, out: torch.Tensor, nothing: float = float("in
     """
     out = out.detach()
     first = out[..., 0].transpose(-1, -2)
-    lse = torch.where(lse == nothing, first - lse if nothing > 0 else first + lse, lse)
+    if all_see:
+        ends = (float("nan"), float("-inf")) if nothing > 0 else (float("inf"), float("nan"))
+        lse = lse.nan_to_num(float("nan"), *ends)
+    else:
+        lse = torch.where(lse == nothing, first - lse if nothing > 0 else first + lse, lse)
     if lse.numel() > _SPLIT_QUERIES:
         return lse
     return lse.masked_fill(torch.fmax(first, out[..., -1].transpose(-1, -2)).isnan(), float("nan"))

@@ -98,7 +98,7 @@ class _Kernel:
             out, lse, *_ = _flash_attn_forward(
                 query, key, value, dropout_p, scale, causal, *sides, softcap, None, False
             )
-            return out, natural_lse(lse, out) if return_lse else None
+            return out, natural_lse(lse, out, all_see=options.all_see(query, key)) if return_lse else None
         given = (dropout_p, scale, causal, (left, right), softcap, None, deterministic, return_lse)
         if starts is None:
             found = flash_attn_func(query, key, value, *given)
@@ -107,7 +107,7 @@ class _Kernel:
         if not return_lse:
             return found, None
         out, lse, _ = found
-        return out, natural_lse(lse, out.detach())
+        return out, natural_lse(lse, out, all_see=starts is None and options.all_see(query, key))
 
     def backward(
         self,
@@ -131,7 +131,8 @@ class _Kernel:
         given = (
             0.0, options.scale, options.causal, options.left, options.right, options.softcap, None, options.deterministic
         )  # fmt: skip
-        lse = infinite_lse(lse)
+        if starts is not None or not options.all_see(query, key):
+            lse = infinite_lse(lse)
         if starts is None:
             _flash_attn_backward(grad_out, query, key, value, out, lse, *grads, *given)
         else:

@@ -98,7 +98,8 @@ class _Kernel:
         if not return_lse:
             return found, None
         out, lse = found
-        return out, natural_lse(lse, out, float("inf") if key.shape[0] == 0 else float("-inf"))
+        all_see = starts is None and options.all_see(query, key)
+        return out, natural_lse(lse, out, float("inf") if key.shape[0] == 0 else float("-inf"), all_see=all_see)
 
     def backward(
         self,

@@ -192,7 +192,10 @@ def _run(
     elif lengths is not None:
         given["seqused_k"] = lengths
     out, lse = _flash_attn_fwd(query, key, value, **given)[:2]
-    return out, natural_lse(lse, out, _NOTHING) if return_lse else None
+    if not return_lse:
+        return out, None
+    all_see = starts is None and lengths is None and options.all_see(query, key)
+    return out, natural_lse(lse, out, _NOTHING, all_see=all_see)
 
 
 def _run_backward(

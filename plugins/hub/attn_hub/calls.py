@@ -68,7 +68,8 @@ class Library(NamedTuple):
             return found[0] if self.always_tuple else found, None
         # without any key in a packed call it is +inf in all of them, or -inf as it is meant
         nothing = self.nothing if key.numel() else float("inf")
-        return found[0], natural_lse(found[1], found[0], nothing)
+        all_see = starts is None and options.all_see(query, key)
+        return found[0], natural_lse(found[1], found[0], nothing, all_see=all_see)
 
 
 class _Kernel:

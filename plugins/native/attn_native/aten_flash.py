@@ -81,7 +81,10 @@ def forward(
         out = out[..., :width]
     if out.requires_grad:
         out.register_hook(aligned)
-    return (out, natural_lse(lse, out)) if return_lse else out
+    if not return_lse:
+        return out
+    all_see = attn_mask is None and _all_see(queries, key.shape[1], causal, window_size)
+    return out, natural_lse(lse, out, all_see=all_see)
 
 
 def backward(
@@ -106,7 +109,9 @@ def backward(
     query, key, value = _alike(query, key, value)
     width = query.shape[3]
     tensors = [aligned(item) for item in (widened(grad_out, width), query, key, value, widened(out, width))]
-    lse = infinite_lse(lse).contiguous()
+    if attn_mask is not None or not _all_see(query.shape[1], key.shape[1], causal, window_size):
+        lse = infinite_lse(lse)
+    lse = lse.contiguous()
     left, right = window_size or (-1, -1)
     starts: tuple[Any, Any] = (None, None)
     lengths = (query.shape[1], key.shape[1])
@@ -162,6 +167,11 @@ def _packed(
         window_size_right=right,
     )[:2]
     return out.unsqueeze(0), lse.unsqueeze(0)
+
+
+def _all_see(queries: int, keys: int, causal: bool, window_size: tuple[int, int] | None) -> bool:
+    """Whether each query of a dense call sees a key: its own at least, where there are as many."""
+    return queries <= keys or (not causal and window_size is None)
 
 
 def _longest(
