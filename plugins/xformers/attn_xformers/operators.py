@@ -14,7 +14,7 @@ from xformers.ops import fmha
 from attn_core.shaping import infinite_lse, natural_lse, repeated_heads, summed_heads
 from attn_xformers.bias import diagonal_bias, packed_bias
 
-_FORWARDS = {"auto": None, "cutlass": fmha.cutlass.FwOp, "flash": fmha.flash.FwOp, "splitk": fmha.triton_splitk.FwOp}
+_FORWARDS = {"cutlass": fmha.cutlass.FwOp, "flash": fmha.flash.FwOp, "splitk": fmha.triton_splitk.FwOp}
 _BACKWARDS = {"auto": None, "cutlass": fmha.cutlass.BwOp, "flash": fmha.flash.BwOp}
 HAS_FLASH_3: bool = fmha.flash3.FwOp.is_available()
 """Whether xformers finds FlashAttention-3, which it prefers then."""
@@ -33,6 +33,12 @@ class Given(NamedTuple):
     causal: bool
     left: int
     right: int
+
+    def all_see(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        """Whether it is known without reading anything that each query sees a key."""
+        if self.bias is not None or self.cu_seqlens_q is not None:
+            return False
+        return query.shape[1] <= key.shape[1] or not (self.causal or self.left >= 0 or self.right >= 0)
 
 
 def run(
@@ -58,19 +64,46 @@ def run(
             groups = heads // key_heads
             query = query.unflatten(2, (key_heads, groups))
             key, value = (item.unsqueeze(3).expand(-1, -1, -1, groups, -1) for item in (key, value))
-    operator = _FORWARDS[given.which]
-    options: dict[str, Any] = {"attn_bias": bias, "scale": given.scale, "op": operator}
-    if not lse:
-        out, found = fmha.memory_efficient_attention_forward(query, key, value, **options), None
-    elif given.which == "splitk":
-        out, found = fmha.memory_efficient_attention_partial(query, key, value, output_dtype=query.dtype, **options)
-    else:
-        out, found = fmha.memory_efficient_attention_forward_requires_grad(query, key, value, **options)
+    partial = given.which == "splitk" and lse
+    inputs = fmha.Inputs(query, key, value, bias, 0.0, given.scale, query.dtype if partial else None, partial)
+    operator = _operator(given.which, inputs, lse)
+    out, context = operator.apply(inputs, needs_gradient=lse)
     if query.ndim == 5:
-        out, found = out.flatten(2, 3), None if found is None else found.flatten(1, 2)
-    if found is not None:
-        found = natural_lse(found[..., : out.shape[1]], out)  # cutlass rounds its rows up to 32
-    return out, found
+        out = out.flatten(2, 3)
+    if not lse:
+        return out, None
+    found = context.lse.flatten(1, 2) if query.ndim == 5 else context.lse
+    nothing = float("-inf") if operator is fmha.flash3.FwOp else float("inf")
+    found = found[..., : out.shape[1]]  # cutlass rounds its rows up to 32
+    return out, natural_lse(found, out, nothing, all_see=given.all_see(query, key))
+
+
+_MOST_KINDS = 1024
+_kinds: dict[Any, Any] = {}
+
+
+def _operator(which: str, inputs: Any, needs_gradient: bool) -> Any:
+    """The operator, which xformers chooses or checks once for each kind of call, as what it looks at costs some microseconds.
+
+    It looks at shapes, dtype, device, strides (rows that kernels can read, which they are here; and whether heads of key repeat),
+    at the class of a bias and at its strides (which ``bias`` sees to), and at whether FlashAttention-3 may be used.
+    """
+    query, key = inputs.query, inputs.key
+    kind = (
+        which, needs_gradient, query.shape, key.shape, inputs.value.shape, key.stride(-2) == 0, query.dtype, query.device,
+        type(inputs.attn_bias), fmha._get_use_fa3(),
+    )  # fmt: skip
+    operator = _kinds.get(kind)
+    if operator is None:
+        if which == "auto":
+            operator = fmha._dispatch_fw(inputs, needs_gradient)
+        else:
+            operator = _FORWARDS[which]
+            fmha._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention", operator, inputs)
+        if len(_kinds) >= _MOST_KINDS:
+            _kinds.clear()
+        _kinds[kind] = operator
+    return operator
 
 
 def run_backward(
@@ -85,8 +118,10 @@ def run_backward(
     """The gradients of query, key and value."""
     key_heads = key.shape[2]
     key, value = repeated_heads(key, query.shape[2]), repeated_heads(value, query.shape[2])
+    if not given.all_see(query, key):
+        lse = infinite_lse(lse)
     dq, dk, dv = fmha.memory_efficient_attention_backward(
-        grad_out, out.contiguous(), infinite_lse(lse).contiguous(), query, key, value,
+        grad_out, out.contiguous(), lse.contiguous(), query, key, value,
         attn_bias=_bias(query, key, given), scale=given.scale, op=_BACKWARDS[given.which],
     )  # fmt: skip
     return dq, summed_heads(dk, key_heads), summed_heads(dv, key_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import xformers_plain
 
@@ -28,6 +30,15 @@ class Operator:
     other_value_dim = False
     groups = True
     biases: tuple = ()
+
+    @classmethod
+    def apply(cls, inp, needs_gradient):
+        """Result, and what holds the lse where it is asked for. Checks what it is given: the adapter does not each time."""
+        assert inp.p == 0.0
+        assert inp.is_partial == (cls is SplitK and needs_gradient)
+        out, lse = forward(cls, inp.query, inp.key, inp.value, inp.attn_bias, inp.scale)
+        assert not inp.is_partial or inp.output_dtype == out.dtype  # a partial result would be float32 else
+        return out, SimpleNamespace(lse=lse) if needs_gradient else None
 
     @classmethod
     def check(cls, query, key, value, bias):
@@ -195,6 +206,7 @@ def backward(operator, grad, out, lse, query, key, value, bias, scale):
     operator.check(query, key, value, bias)
     assert grad.ndim == 4
     assert not (lse == -torch.inf).any(), "exp(-inf - -inf)"
+    assert lse.is_contiguous()
     assert query.shape[2] == key.shape[2] == value.shape[2]
     starts, longest = each(operator, bias, query, key, value)
     causal, left, right = sides(bias, *longest, operator is FlashBw)
