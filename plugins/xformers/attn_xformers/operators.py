@@ -78,6 +78,7 @@ def run(
     return out, natural_lse(found, out, nothing, all_see=given.all_see(query, key))
 
 
+_FUNCTION = "memory_efficient_attention"
 _MOST_KINDS = 1024
 _kinds: dict[Any, Any] = {}
 
@@ -91,15 +92,15 @@ def _operator(which: str, inputs: Any, needs_gradient: bool) -> Any:
     query, key = inputs.query, inputs.key
     kind = (
         which, needs_gradient, query.shape, key.shape, inputs.value.shape, key.stride(-2) == 0, query.dtype, query.device,
-        type(inputs.attn_bias), fmha._get_use_fa3(),
+        type(inputs.attn_bias), fmha._get_use_fa3(),  # noqa: SLF001 - as its functions do
     )  # fmt: skip
     operator = _kinds.get(kind)
     if operator is None:
         if which == "auto":
-            operator = fmha._dispatch_fw(inputs, needs_gradient)
+            operator = fmha._dispatch_fw(inputs, needs_gradient)  # noqa: SLF001
         else:
             operator = _FORWARDS[which]
-            fmha._ensure_op_supports_or_raise(ValueError, "memory_efficient_attention", operator, inputs)
+            fmha._ensure_op_supports_or_raise(ValueError, _FUNCTION, operator, inputs)  # noqa: SLF001
         if len(_kinds) >= _MOST_KINDS:
             _kinds.clear()
         _kinds[kind] = operator
