@@ -87,7 +87,7 @@ class Packing(NamedTuple):
         """Put a gradient of packed keys back: (N, H, D) to (B, Skv, H, D), zeros where a key is hidden."""
         rows = grad
         if self.rows is not None:
-            rows = grad.new_zeros(self.keep.numel(), *grad.shape[1:]).index_copy(0, self.rows, grad)
+            rows = grad.new_zeros(self.keep.numel(), *grad.shape[1:]).index_copy_(0, self.rows, grad)
         whole: torch.Tensor = rows.unflatten(0, self.keep.shape)
         return whole if self.exact else whole.masked_fill(~self.keep[:, :, None, None], 0.0)
 
@@ -138,13 +138,15 @@ class Front(NamedTuple):
         lengths: how many are, int32 (B,).
         rows: for each place of the (B, L) moved keys its row among the B * Skv keys, int64 (B * L,). L is the largest length
             where that could be read, and at least 1; else Skv.
-        places: for each of the B * Skv keys its place among the B * L, int64; where a key is hidden, any.
+        kept: which of the B * Skv keys are real: their numbers, int64 (N,), where lengths could be read, else bool (B * Skv,).
+        places: for each kept key its place among the B * L, int64 (N,); else for each key (B * Skv,), any where it is hidden.
         rest: which of the B * L places no key has: their numbers, int64, where lengths could be read, else bool (B * L,).
     """
 
     keep: torch.Tensor
     lengths: torch.Tensor
     rows: torch.Tensor
+    kept: torch.Tensor
     places: torch.Tensor
     rest: torch.Tensor
 
@@ -160,8 +162,13 @@ class Front(NamedTuple):
 
     def unpack_keys(self, grad: torch.Tensor) -> torch.Tensor:
         """Put a gradient of moved keys back: (B, L, H, D) to (B, Skv, H, D), zeros where a key is hidden."""
-        rows: torch.Tensor = grad.flatten(0, 1).index_select(0, self.places).unflatten(0, self.keep.shape)
-        return rows.masked_fill(~self.keep[:, :, None, None], 0.0)
+        rows = grad.flatten(0, 1).index_select(0, self.places)
+        if self.kept.dtype == torch.bool:
+            rows = rows.masked_fill(~self.kept[:, None, None], 0.0)
+        else:  # half of what there is to read and to write
+            rows = grad.new_zeros(self.keep.numel(), *grad.shape[2:]).index_copy_(0, self.kept, rows)
+        whole: torch.Tensor = rows.unflatten(0, self.keep.shape)
+        return whole
 
 
 def front(padding: KeyPadding) -> Front:
@@ -296,10 +303,13 @@ def _front(keep: torch.Tensor, *, readable: bool) -> Front:
     longest = max(int(counts.max()), 1) if readable else keys
     first = torch.arange(batch, device=keep.device)[:, None]
     rows = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest] + first * keys
-    places = (keep.cumsum(1) - 1).clamp(0, longest - 1) + first * longest
-    beyond = (torch.arange(longest, device=keep.device) >= counts[:, None]).flatten()
-    rest = beyond.nonzero().squeeze(1) if readable else beyond
-    return Front(keep, counts.to(torch.int32), rows.flatten(), places.flatten(), rest)
+    kept = keep.flatten()
+    places = ((keep.cumsum(1) - 1).clamp(0, longest - 1) + first * longest).flatten()
+    rest = (torch.arange(longest, device=keep.device) >= counts[:, None]).flatten()
+    if readable:
+        kept, rest = kept.nonzero().squeeze(1), rest.nonzero().squeeze(1)
+        places = places.index_select(0, kept)
+    return Front(keep, counts.to(torch.int32), rows.flatten(), kept, places, rest)
 
 
 def _is_left(keep: torch.Tensor) -> bool:
