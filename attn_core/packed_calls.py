@@ -7,13 +7,14 @@ An adapter brings a ``Kernel``, which need not know of masks, head dims or scale
 
 from __future__ import annotations
 
+from math import inf, nan
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from attn_core.masks import KeyPadding, Packed
 from attn_core.packing import Packing, blind_queries, hide, keeps_diagonals, pack
-from attn_core.shaping import aligned, infinite_lse, positive_scale, query_sign, widened
+from attn_core.shaping import aligned, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _is_traced = torch.compiler.is_dynamo_compiling  # bound once: a look-up through modules on each call adds up
 
 _UNLIMITED = (-1, -1)
+_FAR = 1e30
+"""As an lse it leaves no weight to any score, whichever infinity a kernel takes for that."""
 
 Mask = KeyPadding | Packed | None
 
@@ -227,7 +230,9 @@ def differentiate(
     form = _Form() if attn_mask is None else _form(kernel, query, key, attn_mask, options)
     if form.hidden is not None:
         query, key = hide(query, key, form.hidden, options.scale)
-        lse = infinite_lse(lse)  # of a query that sees padding alone, which the kernel takes for one that sees
+        lse = lse.nan_to_num(
+            nan, inf, _FAR
+        )  # of a query that sees padding alone, which the kernel takes for one that sees
     query, key, value = _shaped(kernel, query, key, value)
     grad_out, out = (aligned(widened(item, value.shape[3])) for item in (grad_out, out))
     if form.packing is not None:
