@@ -15,6 +15,7 @@ from flash_attn.flash_attn_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
     flash_attn_func,
     flash_attn_varlen_func,
 )
@@ -93,21 +94,23 @@ class _Kernel:
             out = out.unflatten(0, (batch, -1))
             return out, None if lse is None else lse.unflatten(1, (batch, -1)).transpose(0, 1)
         scale, causal, left, right, softcap, dropout_p, deterministic = options
-        if starts is None and not needs_graph(query, key, value):
-            sides = (left, right)
-            out, lse, *_ = _flash_attn_forward(
-                query, key, value, dropout_p, scale, causal, *sides, softcap, None, False
-            )
-            return out, natural_lse(lse, out, all_see=options.all_see(query, key)) if return_lse else None
-        given = (dropout_p, scale, causal, (left, right), softcap, None, deterministic, return_lse)
+        all_see = starts is None and options.all_see(query, key)
+        if not needs_graph(query, key, value):
+            given = (dropout_p, scale, causal, left, right, softcap, None, False)
+            if starts is None:
+                out, lse, *_ = _flash_attn_forward(query, key, value, *given)
+            else:
+                out, lse, *_ = _flash_attn_varlen_forward(query, key, value, *starts.bounded(options), *given)
+            return out, natural_lse(lse, out, all_see=all_see) if return_lse else None
+        public = (dropout_p, scale, causal, (left, right), softcap, None, deterministic, return_lse)
         if starts is None:
-            found = flash_attn_func(query, key, value, *given)
+            found = flash_attn_func(query, key, value, *public)
         else:
-            found = flash_attn_varlen_func(query, key, value, *starts.bounded(options), *given)
+            found = flash_attn_varlen_func(query, key, value, *starts.bounded(options), *public)
         if not return_lse:
             return found, None
         out, lse, _ = found
-        return out, natural_lse(lse, out, all_see=starts is None and options.all_see(query, key))
+        return out, natural_lse(lse, out, all_see=all_see)
 
     def backward(
         self,
