@@ -1,6 +1,7 @@
 """How a call becomes a dense or a packed call of a library in the manner of flash-attention, and back.
 
-Such a library is aligned bottom-right, takes (B, S, H, D) or packed (N, H, D), and knows no masks. Key padding is packed.
+Such a library is aligned bottom-right, takes (B, S, H, D) or packed (N, H, D), and knows no masks. Key padding is packed, or
+for one that reads on behind a sequence the keys that are kept are moved to the front of their own.
 Where a diagonal would move by that (padding that is not on the left, or not known to be), it is hidden by further columns.
 An adapter brings a ``Kernel``, which need not know of masks, head dims or scales.
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from attn_core.masks import KeyPadding, Packed
-from attn_core.packing import Packing, blind_queries, hide, keeps_diagonals, pack
+from attn_core.packing import Front, Packing, blind_queries, front, hide, keeps_diagonals, pack
 from attn_core.shaping import aligned, positive_scale, query_sign, widened
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class Kernel(Protocol):
 
     One that reads none of the keys behind a sequence, and whose backward writes zeros for the keys of a sequence without
     queries, may say so with an attribute ``takes_gaps = True``: keys that need not be moved then stay in their places.
+
+    One that reads on behind a sequence, in whole tiles, would give it what NaN the next one has. It may have a method
+    ``fronted(lengths)``: the kernel of dense calls in which the first ``lengths[b]`` keys of sequence ``b`` are real, int32 (B,).
+    Padded keys then go to the front of their own sequence, with zeros behind, at least as many as its attribute ``room`` says
+    (none without it).
     """
 
     def widths(self, head_dim: int, value_head_dim: int, device: torch.device) -> tuple[int, int]:
@@ -157,6 +163,10 @@ def attend(
     if options.scale <= 0.0:
         query, scale = positive_scale(query, options.scale)
         options = options._replace(scale=scale)
+    moved = None if attn_mask is None else _moved(kernel, attn_mask, options)
+    if moved is not None:
+        kernel, places = moved
+        key, value, attn_mask = places.keys(key), places.keys(value), None
     if attn_mask is None:
         shaped = _shaped(kernel, query, key, value)
         out, lse = kernel.forward(*shaped, None, options, return_lse=return_lse)
@@ -222,6 +232,12 @@ def differentiate(
         attn_mask: ``KeyPadding``, ``Packed`` or None.
         options: those of the forward.
     """
+    moved = None if attn_mask is None else _moved(kernel, attn_mask, options)
+    if moved is not None:
+        kernel, places = moved
+        keys, values = places.keys(key), places.keys(value)
+        dq, dk, dv = differentiate(kernel, grad_out, query, keys, values, out, lse, None, options)
+        return dq, places.unpack_keys(dk), places.unpack_keys(dv)
     sign, head_dim, width = 1.0, query.shape[3], value.shape[3]
     if options.scale <= 0.0:
         sign = query_sign(options.scale)
@@ -248,6 +264,15 @@ def differentiate(
         dq, dk, dv = dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)
     dq = dq[..., :head_dim]
     return dq if sign == 1.0 else dq * sign, dk[..., :head_dim], dv[..., :width]
+
+
+def _moved(kernel: Kernel, attn_mask: KeyPadding | Packed, options: Options) -> tuple[Kernel, Front] | None:
+    """The kernel for keys that are moved to the front, and how they are, where they are: not where a diagonal would move."""
+    fronted = getattr(kernel, "fronted", None)
+    if fronted is None or isinstance(attn_mask, Packed) or (options.diagonal and not keeps_diagonals(attn_mask)):
+        return None
+    places = front(attn_mask, room=getattr(kernel, "room", 0))
+    return fronted(places.lengths), places
 
 
 def _form(

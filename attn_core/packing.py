@@ -137,7 +137,7 @@ class Front(NamedTuple):
         keep: which keys are real, bool (B, Skv).
         lengths: how many are, int32 (B,).
         rows: for each place of the (B, L) moved keys its row among the B * Skv keys, int64 (B * L,). L is the largest length
-            where that could be read, and at least 1; else Skv.
+            where that could be read, and at least 1; else Skv. What room was asked for comes on top.
         kept: which of the B * Skv keys are real: their numbers, int64 (N,), where lengths could be read, else bool (B * Skv,).
         places: for each kept key its place among the B * L, int64 (N,); else for each key (B * Skv,), any where it is hidden.
         rest: which of the B * L places no key has: their numbers, int64, where lengths could be read, else bool (B * L,).
@@ -171,13 +171,14 @@ class Front(NamedTuple):
         return whole
 
 
-def front(padding: KeyPadding) -> Front:
+def front(padding: KeyPadding, *, room: int = 0) -> Front:
     """Prepare how the keys that are kept are moved to the front of their sequence; once, and kept with the description.
 
     Lengths are copied from the device the first time, where they can be, as by ``pack``.
 
     Args:
         padding: which keys are kept.
+        room: how many places without a key there are behind the longest sequence.
 
     Example:
         >>> import torch
@@ -186,7 +187,7 @@ def front(padding: KeyPadding) -> Front:
         >>> moved.rows.tolist(), moved.lengths.tolist(), moved.rest.tolist()
         ([1, 2, 3, 4], [2, 1], [3])
     """
-    return padding.prepared("front", lambda: _front(padding.keep, readable=_readable(padding)))
+    return padding.prepared(("front", room), lambda: _front(padding.keep, room, readable=_readable(padding)))
 
 
 def keeps_diagonals(padding: KeyPadding) -> bool:
@@ -297,15 +298,19 @@ def _in_place(keep: torch.Tensor, query_length: int) -> Packing:
     return Packing(keep, None, ends.repeat_interleave(2), starts, query_length, longest, exact=True)
 
 
-def _front(keep: torch.Tensor, *, readable: bool) -> Front:
+def _front(keep: torch.Tensor, room: int, *, readable: bool) -> Front:
     batch, keys = keep.shape
     counts = keep.sum(1)
     longest = max(int(counts.max()), 1) if readable else keys
+    width = longest + room
     first = torch.arange(batch, device=keep.device)[:, None]
-    rows = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest] + first * keys
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+    if room:  # more places than there may be keys
+        order = order.index_select(1, torch.arange(width, device=keep.device) % keys)
+    rows = order[:, :width] + first * keys
     kept = keep.flatten()
-    places = ((keep.cumsum(1) - 1).clamp(0, longest - 1) + first * longest).flatten()
-    rest = (torch.arange(longest, device=keep.device) >= counts[:, None]).flatten()
+    places = ((keep.cumsum(1) - 1).clamp(0, longest - 1) + first * width).flatten()
+    rest = (torch.arange(width, device=keep.device) >= counts[:, None]).flatten()
     if readable:
         kept, rest = kept.nonzero().squeeze(1), rest.nonzero().squeeze(1)
         places = places.index_select(0, kept)

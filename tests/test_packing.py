@@ -226,16 +226,15 @@ def test_traced_code_reads_no_value():
     assert wide_query.shape[3] == 8 + packing.COLUMNS
 
 
+@pytest.mark.parametrize("room", [0, 1, 9])
 @pytest.mark.parametrize("readable", [True, False])
-def test_keys_move_to_the_front_of_their_sequence_and_their_gradients_back(readable, monkeypatch):
+def test_keys_move_to_the_front_of_their_sequence_and_their_gradients_back(readable, room, monkeypatch):
     if not readable:
         monkeypatch.setattr(packing, "_readable", lambda _: False)
     keep = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
-    moved = packing.front(KeyPadding(keep))
+    moved = packing.front(KeyPadding(keep), room=room)
     tensor = torch.arange(1.0, 16).view(3, 5, 1, 1).masked_fill(~keep[:, :, None, None], torch.nan)
-    expected = [[2, 3, 5], [0, 0, 0], [15, 0, 0]]
-    if not readable:
-        expected = [[*row, 0, 0] for row in expected]
+    expected = [[*row, *[0] * (room if readable else room + 2)] for row in ([2, 3, 5], [0, 0, 0], [15, 0, 0])]
     assert moved.keys(tensor).squeeze().tolist() == expected
     assert moved.lengths.tolist() == [3, 0, 1]
     grad = moved.keys(tensor)

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from attn_core.masks import KeyPadding, traced
+from attn_core.masks import traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
-from attn_core.packing import Front, front, keeps_diagonals
 from attn_core.shaping import natural_lse
 
 _shows_errors = sys.excepthook
@@ -48,11 +47,7 @@ def forward(
 ) -> Any:
     """Attention by flash-attn 4; see ``attn_core.attention`` for the meaning of the arguments."""
     options = options_of(scale, causal, window_size, softcap)
-    moved = None if attn_mask is None else _moved(attn_mask, options)
-    if moved is None:
-        return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
-    keys, values = moved.keys(key), moved.keys(value)
-    return attend(_Kernel(moved.lengths), query, keys, values, None, options, return_lse=return_lse)
+    return attend(KERNEL, query, key, value, attn_mask, options, return_lse=return_lse)
 
 
 def backward(
@@ -72,26 +67,17 @@ def backward(
 ) -> Tensors:
     """Gradients of query, key and value; ``out`` and ``lse`` may be those of a longer key sequence."""
     options = options_of(scale, causal, window_size, softcap, deterministic=deterministic)
-    moved = _moved(attn_mask, options)
-    if moved is None:
-        return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
-    keys, values = moved.keys(key), moved.keys(value)
-    kernel = _Kernel(moved.lengths)
-    dq, dk, dv = differentiate(kernel, grad_out, query, keys, values, out, lse, None, options)
-    return dq, moved.unpack_keys(dk), moved.unpack_keys(dv)
-
-
-def _moved(attn_mask: Mask, options: Options) -> Front | None:
-    """How keys go to the front, where they do: not where a diagonal would move."""
-    if type(attn_mask) is not KeyPadding or (options.diagonal and not keeps_diagonals(attn_mask)):
-        return None
-    return front(attn_mask)
+    return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
 
 
 class _Kernel(NamedTuple):
     """The library; ``lengths``, of a dense call, says how many keys of each sequence are real, the first ones."""
 
     lengths: torch.Tensor | None = None
+
+    def fronted(self, lengths: torch.Tensor) -> _Kernel:
+        """The same of padded keys."""
+        return _Kernel(lengths)
 
     def widths(self, head_dim: int, value_head_dim: int, device: torch.device) -> tuple[int, int]:
         """One width, which the backward with grouped queries wants; on Blackwell there is none between 128 and 256."""
