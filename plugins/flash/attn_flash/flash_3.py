@@ -3,6 +3,11 @@
 Its forward and backward are operators of their own, which trace. lse is natural, and -inf both for a query that sees nothing and
 for one that met a NaN; +inf where no sequence of a packed call has a key.
 
+Its tiles read on beyond a packed sequence, and what they read there is weighed with 0, which leaves NaN what it is. So key
+padding is not packed: the kept keys of a sequence go to its front, and ``seqused_k`` says how many they are. Of a dense forward
+the operator alone takes that. The backward leaves it unread without ``cu_seqlens``, so it is told where the keys of each sequence
+start, with more zeros between them than a tile reads on. Queries are dense in both: it would read on among them too.
+
 It makes descriptors of its tensors before anything that would give a new thread the context of the GPU, and a thread without
 one ends the process; so this adapter gives it to each thread at its first call.
 """
@@ -11,10 +16,15 @@ from __future__ import annotations
 
 import threading
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from flash_attn_interface import _flash_attn_backward, flash_attn_func, flash_attn_varlen_func
+from flash_attn_interface import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    flash_attn_func,
+    flash_attn_varlen_func,
+)
 
 from attn_core.masks import traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
@@ -62,7 +72,20 @@ def backward(
     return differentiate(KERNEL, grad_out, query, key, value, out, lse, attn_mask, options)
 
 
-class _Kernel:
+class _Kernel(NamedTuple):
+    """The library; ``lengths``, of a dense call, says how many keys of each sequence are real, the first ones."""
+
+    lengths: torch.Tensor | None = None
+
+    @property
+    def room(self) -> int:
+        """Its backward reads keys in tiles of 128 at most."""
+        return _ROOM
+
+    def fronted(self, lengths: torch.Tensor) -> _Kernel:
+        """The same of padded keys."""
+        return _Kernel(lengths)
+
     def widths(self, head_dim: int, value_head_dim: int, _: torch.device) -> tuple[int, int]:
         """One for all, in steps of 8."""
         width = max(head_dim, value_head_dim)
@@ -80,6 +103,13 @@ class _Kernel:
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Result with its graph, and lse."""
+        if query.is_cuda and not hasattr(_THREAD, "has_context") and not traced(query):
+            torch.cuda.mem_get_info()
+            _THREAD.has_context = True
+        if self.lengths is not None:
+            apply: Any = _Fronted.apply
+            out, lse = apply(query, key, value, self.lengths, options)
+            return out, natural_lse(lse, out, float("-inf")) if return_lse else None
         given = {
             "softmax_scale": options.scale,
             "causal": options.causal,
@@ -88,9 +118,6 @@ class _Kernel:
             "deterministic": options.deterministic,
             "return_attn_probs": return_lse,
         }
-        if query.is_cuda and not hasattr(_THREAD, "has_context") and not traced(query):
-            torch.cuda.mem_get_info()
-            _THREAD.has_context = True
         if starts is None:
             found = flash_attn_func(query, key, value, **given)
         else:
@@ -113,15 +140,49 @@ class _Kernel:
         options: Options,
     ) -> Tensors:
         """The gradients."""
-        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        packed: dict[str, Any] = {} if starts is None else starts._asdict()
-        dq, dk, dv = grads
+        width = key.shape[1]
+        places: dict[str, Any] = {} if starts is None else starts._asdict()
+        if self.lengths is not None:
+            places, key, value = _laid_out(key, self.lengths), key.flatten(0, 1), value.flatten(0, 1)
+        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         _flash_attn_backward(
             grad_out, query, key, value, out, lse, dq=dq, dk=dk, dv=dv,
             softmax_scale=options.scale, is_causal=options.causal, softcap=options.softcap,
-            window_size_left=options.left, window_size_right=options.right, deterministic=options.deterministic, **packed,
+            window_size_left=options.left, window_size_right=options.right, deterministic=options.deterministic, **places,
         )  # fmt: skip
-        return grads
+        if self.lengths is not None:
+            dk, dv = dk.unflatten(0, (-1, width)), dv.unflatten(0, (-1, width))
+        return dq, dk, dv
+
+
+def _laid_out(key: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
+    """Where the keys of each sequence are among those of all."""
+    batch, width = key.shape[:2]
+    starts = torch.arange(0, batch * width + 1, width, dtype=torch.int32, device=key.device)
+    return {"cu_seqlens_k": starts, "sequed_k": lengths, "max_seqlen_k": width}
+
+
+class _Fronted(torch.autograd.Function):
+    """The graph of a dense call of which ``lengths`` says how many keys are real, which the library has no function for."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, lengths: Any, options: Any) -> Any:
+        """Result and lse."""
+        out, lse, *_ = _flash_attn_forward(
+            query, key, value, seqused_k=lengths, softmax_scale=options.scale, causal=options.causal,
+            window_size_left=options.left, window_size_right=options.right, softcap=options.softcap,
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, value, out, lse, lengths)
+        ctx.options = options
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Any, _: Any) -> Any:
+        """The gradients."""
+        query, key, value, out, lse, lengths = ctx.saved_tensors
+        grads = _Kernel(lengths).backward(grad_out, query, key, value, out, lse, None, ctx.options)
+        return (*grads, None, None)
 
 
 def _check_library() -> None:
@@ -136,4 +197,5 @@ def _check_library() -> None:
 
 _check_library()
 _THREAD = threading.local()
+_ROOM = 128
 KERNEL = _Kernel()

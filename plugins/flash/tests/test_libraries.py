@@ -296,7 +296,8 @@ def test_without_any_key_the_lse_is_minus_infinity(name):
 
 def test_an_early_flash_3_is_told_apart(site):
     early = {
-        "flash_attn_interface.py": "def flash_attn_func(q, k, v): ...\nflash_attn_varlen_func = _flash_attn_backward = None"
+        "flash_attn_interface.py": "def flash_attn_func(q, k, v): ...\n"
+        "flash_attn_varlen_func = _flash_attn_forward = _flash_attn_backward = None"
     }
     assert "takes no return_attn_probs" in loaded(site, "attn_flash.flash_3", early)
 
@@ -331,7 +332,8 @@ def spoiled(sequence, *tensors):
 
 @pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("causal", [False, True])
-def test_flash_4_gives_no_sequence_of_a_padded_batch_the_nan_of_another(readable, causal, monkeypatch):
+@pytest.mark.parametrize("name", ["flash_3_standin", "flash_4_standin"])
+def test_no_sequence_of_a_padded_batch_gets_the_nan_of_another(name, readable, causal, monkeypatch):
     from attn_core import packing
 
     if not readable:
@@ -343,7 +345,7 @@ def test_flash_4_gives_no_sequence_of_a_padded_batch_the_nan_of_another(readable
         spoiled(2, *tensors[1:])
     if not causal:
         keep[3] = keep[3].flip(0)
-    out = attention(*tensors, attn_mask=KeyPadding(keep), causal=causal, backend="flash_4_standin")
+    out = attention(*tensors, attn_mask=KeyPadding(keep), causal=causal, backend=name)
     grad_out = torch.ones_like(out)
     spoiled(1, grad_out)
     grads = torch.autograd.grad(out, tensors, grad_out)

@@ -2,6 +2,8 @@
 
 lse is natural, (B, H, S) or (H, N), and -inf where a query sees nothing, which its backward takes as well, and where it meets
 a NaN; without any key in a packed call it is +inf. Its operators have argument names of their own (``sequed_q``, ``is_causal``).
+Keys, and in the backward queries too, are read in whole tiles, beyond the end of a packed sequence. The backward knows of the
+lengths of keys where it is told where sequences start, and the graph of the operator of the forward of neither.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 CALLS = []
+TILES = 192, 128
 
 
 def _check(tensors, longest, starts):
@@ -22,10 +25,26 @@ def _check(tensors, longest, starts):
         assert tensor.storage_offset() % 8 == 0
         assert all(stride % 8 == 0 for stride in tensor.stride()[:-1])
     assert tensors[0].shape[-1] == tensors[2].shape[-1], "other widths are for some pairs alone"
-    if starts[0] is not None:
-        for bound, item in zip(longest, starts, strict=True):
+    for bound, item in zip(longest, starts, strict=True):
+        if item is not None:
             assert item.dtype == torch.int32
             assert bound >= int(item.diff().max())
+
+
+def _check_used(used, k, starts):
+    if used is not None:
+        assert used.dtype == torch.int32
+        assert used.is_contiguous()
+        room = torch.tensor(k.shape[1], device="cpu") if starts is None else starts.diff()
+        assert used.shape == (k.shape[:1] if starts is None else room.shape)
+        assert (used <= room).all()
+
+
+def _longest(tensors, starts, given):
+    """What it takes for the longest sequence of queries and of keys."""
+    return tuple(
+        item.shape[1] if start is None else bound for item, start, bound in zip(tensors, starts, given, strict=True)
+    )
 
 
 def _sides(left, right, causal, longest_q, longest_k):
@@ -76,11 +95,14 @@ def _flash_attn_forward(
     sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     starts = (cu_seqlens_q, cu_seqlens_k)
-    longest = (max_seqlen_q, max_seqlen_k) if cu_seqlens_q is not None else (q.shape[1], k.shape[1])
+    longest = _longest((q, k), starts, (max_seqlen_q, max_seqlen_k))
     _check((q, k, v), longest, starts)
+    _check_used(seqused_k, k, cu_seqlens_k)
     CALLS.append((cu_seqlens_q is not None, tuple(q.shape), tuple(k.shape)))
     left, right = _sides(window_size_left, window_size_right, causal, *longest)
-    out, lse = plain_attention.whole_forward(q, k, v, *starts, False, left, right, softmax_scale, softcap)
+    out, lse = plain_attention.whole_forward(
+        q, k, v, *starts, False, left, right, softmax_scale, softcap, used=seqused_k, tile=TILES[0]
+    )
     lse = lse.fill_(torch.inf) if k.shape[0] == 0 else lse.masked_fill(lse.isnan(), -torch.inf)
     return out, lse, q.new_empty(0), q.new_empty(0)
 
@@ -117,14 +139,16 @@ def _flash_attn_backward(
     sm_margin: int = 0,
 ) -> Tensor:
     starts = (cu_seqlens_q, cu_seqlens_k)
-    longest = (max_seqlen_q, max_seqlen_k) if cu_seqlens_q is not None else (q.shape[1], k.shape[1])
+    longest = _longest((q, k), starts, (max_seqlen_q, max_seqlen_k))
     dout, q, k, v, out = (item if item.stride(-1) == 1 else item.contiguous() for item in (dout, q, k, v, out))
     _check((q, k, v, out, dout), longest, starts)
+    _check_used(sequed_k, k, cu_seqlens_k)
     assert not (deterministic and q.shape[-1] > 192), "Deterministic backward not supported for hdim 256."
     left, right = _sides(window_size_left, window_size_right, is_causal, *longest)
     found = plain_attention.whole_backward(
-        dout, q, k, v, out, softmax_lse, *starts, False, left, right, softmax_scale, softcap
-    )
+        dout, q, k, v, out, softmax_lse, *starts, False, left, right, softmax_scale, softcap,
+        used=None if starts == (None, None) else sequed_k, tile=TILES[1],
+    )  # fmt: skip
     for grad, item in zip((dq, dk, dv), found, strict=True):
         grad.copy_(item)
     return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -135,24 +159,40 @@ def _(dout, *others, **more):
     return dout.new_empty((), dtype=torch.float32)
 
 
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output[:2])
+    ctx.scale, ctx.causal, *ctx.window_size, _, ctx.softcap = inputs[-11:-5]
+
+
+def _of_a_dense_call(ctx, dout, *_others):
+    q, k, v, out, lse = ctx.saved_tensors
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    options = (ctx.scale, ctx.causal, *ctx.window_size, ctx.softcap, False, 0)
+    _flash_attn_backward(dout, q, k, v, out, lse, *(None,) * 6, *grads, *options)
+    return (*grads, *(None,) * 31)
+
+
+_flash_attn_forward.register_autograd(_of_a_dense_call, setup_context=_keep)
+
+
 class _Func(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, packed, scale, causal, window_size, softcap, deterministic, probs):
+    def forward(ctx, q, k, v, packed, used, scale, causal, window_size, softcap, deterministic, probs):
         names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
         out, lse, *_ = _flash_attn_forward(
             q, k, v, **dict(zip(names, packed, strict=True)), softmax_scale=scale, causal=causal,
-            window_size_left=window_size[0], window_size_right=window_size[1], softcap=softcap,
+            window_size_left=window_size[0], window_size_right=window_size[1], softcap=softcap, seqused_k=used,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, *packed[:2])
+        ctx.save_for_backward(q, k, v, out, lse, *packed[:2], used)
         ctx.longest, ctx.options = packed[2:], (scale, causal, *window_size, softcap, deterministic)
         return (out, lse) if probs else out
 
     @staticmethod
     def backward(ctx, dout, *_others):
-        q, k, v, out, lse, *starts = ctx.saved_tensors
+        q, k, v, out, lse, *starts, used = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _flash_attn_backward(dout, q, k, v, out, lse, *starts, None, None, *ctx.longest, *grads, *ctx.options, 0)
-        return (*grads, *(None,) * 7)
+        _flash_attn_backward(dout, q, k, v, out, lse, *starts, None, used, *ctx.longest, *grads, *ctx.options, 0)
+        return (*grads, *(None,) * 8)
 
 
 def flash_attn_func(
@@ -175,7 +215,7 @@ def flash_attn_func(
     return_attn_probs=False,
 ):
     return _Func.apply(
-        q, k, v, (None,) * 4, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
+        q, k, v, (None,) * 4, None, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
     )
 
 
@@ -205,4 +245,6 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
 ):
     packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _Func.apply(q, k, v, packed, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
+    return _Func.apply(
+        q, k, v, packed, seqused_k, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
+    )

@@ -65,42 +65,31 @@ def backward(grad_out, query, key, value, out, lse, seen, scale, softcap, kept=N
     )
 
 
-def sequences(query, key, cu_seqlens_q, cu_seqlens_k):
-    """The slices of each sequence: of a dense call (B, S, H, D) its batch laid end to end."""
-    if cu_seqlens_q is None:
-        batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
-        return [
-            (slice(item * queries, (item + 1) * queries), slice(item * keys, (item + 1) * keys))
-            for item in range(batch)
-        ]
-    starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
-    ends = list(starts)
-    return [(slice(first[0], last[0]), slice(first[1], last[1])) for first, last in pairwise(ends)]
+def sequences(tensor, starts):
+    """The slice of each sequence: of a dense tensor (B, S, H, D) its batch laid end to end."""
+    if starts is None:
+        batch, length = tensor.shape[:2]
+        return [slice(item * length, (item + 1) * length) for item in range(batch)]
+    return [slice(first, last) for first, last in pairwise(starts.tolist())]
 
 
 def flat(tensor):
     return tensor.flatten(0, 1) if tensor.ndim == 4 else tensor
 
 
-def read(places, lengths, tile, ends):
-    """The rows that a kernel reads for a sequence: whole tiles where it has such, one at least, as far as the tensor goes."""
-    if not tile:
-        return places
-    reach = [max(-(-length // tile), 1) * tile for length in lengths]
-    return [
-        slice(place.start, min(place.start + rows, end)) for place, rows, end in zip(places, reach, ends, strict=True)
-    ]
+def read(place, rows, tile, end):
+    """What a kernel reads for a sequence of so many rows: whole tiles where it has such, one at least, up to the end."""
+    return slice(place.start, min(place.start + max(-(-rows // tile), 1) * tile, end)) if tile else place
 
 
 def parts(query, key, cu_seqlens_q, cu_seqlens_k, used, tile):
     """Of each sequence: its rows and columns, and those that are read."""
-    packed = cu_seqlens_q is not None
-    ends = flat(query).shape[0], flat(key).shape[0]
-    for number, (rows, columns) in enumerate(sequences(query, key, cu_seqlens_q, cu_seqlens_k)):
-        stop = columns.stop if used is None else columns.start + int(used[number])
-        real = rows, slice(columns.start, stop)
-        lengths = [place.stop - place.start for place in real]
-        yield real, read((rows, columns), lengths, tile, ends if packed else (rows.stop, columns.stop))
+    end_q, end_k = flat(query).shape[0], flat(key).shape[0]
+    places = zip(sequences(query, cu_seqlens_q), sequences(key, cu_seqlens_k), strict=True)
+    for number, (rows, whole) in enumerate(places):
+        columns = whole if used is None else slice(whole.start, whole.start + int(used[number]))
+        high = read(rows, length(rows), tile, rows.stop if cu_seqlens_q is None else end_q)
+        yield (rows, columns), (high, read(whole, length(columns), tile, whole.stop if cu_seqlens_k is None else end_k))
 
 
 def beyond(seen, rows, columns, *, fill):
