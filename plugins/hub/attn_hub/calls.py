@@ -28,7 +28,10 @@ class Library(NamedTuple):
         name: of the backend.
         module: the kernel.
         gradients: what its graph calls, brought into one form: of the module, the six tensors of a backward, where
-            sequences start, and the options; None where it has no backward.
+            sequences start, the options, and ``lengths`` as below; None where it has no backward.
+        fronted: of one that reads on behind a sequence, its dense call of keys of which ``lengths`` says how many are real:
+            of the module, query, key, value, ``lengths``, and the options that are given to each of its functions.
+        room: how many zeros there have to be behind the keys of each sequence then.
         step: of the head dims that it takes.
         lse_option: the option that asks for the lse, which is then the second result.
         always_tuple: whether the lse is returned, maybe as None, where it is not asked for.
@@ -39,6 +42,8 @@ class Library(NamedTuple):
     name: str
     module: ModuleType
     gradients: Callable[..., Tensors] | None = None
+    fronted: Callable[..., Any] | None = None
+    room: int = 0
     step: int = 8
     lse_option: str = "return_attn_probs"
     always_tuple: bool = False
@@ -50,6 +55,7 @@ class Library(NamedTuple):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        lengths: torch.Tensor | None,
         starts: Starts | None,
         options: Options,
         *,
@@ -60,7 +66,10 @@ class Library(NamedTuple):
         if self.knows_deterministic:
             given["deterministic"] = options.deterministic
         with torch.no_grad():
-            if starts is None:
+            if lengths is not None:
+                assert self.fronted is not None  # noqa: S101 - there are no lengths otherwise
+                found = self.fronted(self.module, query, key, value, lengths, given)
+            elif starts is None:
                 found = self.module.flash_attn_func(query, key, value, **given)
             else:
                 found = self.module.flash_attn_varlen_func(query, key, value, *starts.bounded(options), **given)
@@ -68,14 +77,17 @@ class Library(NamedTuple):
             return found[0] if self.always_tuple else found, None
         # without any key in a packed call it is +inf in all of them, or -inf as it is meant
         nothing = self.nothing if key.numel() else float("inf")
-        all_see = starts is None and options.all_see(query, key)
+        all_see = starts is None and lengths is None and options.all_see(query, key)
         return found[0], natural_lse(found[1], found[0], nothing, all_see=all_see)
 
 
 class _Kernel:
-    def __init__(self, library: Library) -> None:
+    """The library; ``lengths``, of a dense call, says how many keys of each sequence are real, the first ones."""
+
+    def __init__(self, library: Library, operators: tuple[Any, Any], lengths: torch.Tensor | None = None) -> None:
         self.library = library
-        self._forward, self._backward = _operators(library)
+        self.operators = operators
+        self.lengths = lengths
 
     def widths(self, head_dim: int, value_head_dim: int, _: torch.device) -> tuple[int, int]:
         """One for all, in steps."""
@@ -95,8 +107,8 @@ class _Kernel:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Result and lse."""
         if not traced(query):
-            return self.library.run(query, key, value, starts, options, return_lse=return_lse)
-        out, lse = self._forward(query, key, value, *_flat(starts, options))
+            return self.library.run(query, key, value, self.lengths, starts, options, return_lse=return_lse)
+        out, lse = self.operators[0](query, key, value, *_flat(self.lengths, starts, options))
         return out, lse
 
     def backward(
@@ -113,15 +125,26 @@ class _Kernel:
         """The gradients."""
         tensors = (grad_out, query, key, value, out, lse)
         if traced(query):
-            dq, dk, dv = self._backward(*tensors, *_flat(starts, options))
+            dq, dk, dv = self.operators[1](*tensors, *_flat(self.lengths, starts, options))
             return dq, dk, dv
         assert self.library.gradients is not None  # noqa: S101 - its declaration has no backward otherwise
-        return self.library.gradients(self.library.module, *tensors, starts, options)
+        return self.library.gradients(self.library.module, *tensors, starts, options, self.lengths)
+
+
+class _ReadingOn(_Kernel):
+    """One that reads on behind a sequence, which leaves the NaN of the next what it is where it is weighed with 0."""
+
+    @property
+    def room(self) -> int:
+        return self.library.room
+
+    def fronted(self, lengths: torch.Tensor) -> _ReadingOn:
+        return _ReadingOn(self.library, self.operators, lengths)
 
 
 def flash(library: Library) -> tuple[Callable[..., Any], Callable[..., Tensors]]:
     """Make the two functions of the adapter."""
-    kernel = _Kernel(library)
+    kernel = (_Kernel if library.fronted is None else _ReadingOn)(library, _operators(library))
 
     def forward(
         query: torch.Tensor,
@@ -159,20 +182,20 @@ def flash(library: Library) -> tuple[Callable[..., Any], Callable[..., Tensors]]
 # --- operators for traced code ------------------------------------------------------------------------------------------
 
 _GIVEN = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "Tensor? seqused_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "float scale, bool causal, bool deterministic"
 )
 
 
-def _flat(starts: Starts | None, options: Options) -> tuple[Any, ...]:
+def _flat(lengths: torch.Tensor | None, starts: Starts | None, options: Options) -> tuple[Any, ...]:
     """What an operator is given of them, in the order of its schema."""
-    return (*(starts or (None,) * 4), options.scale, options.causal, options.deterministic)
+    return (lengths, *(starts or (None,) * 4), options.scale, options.causal, options.deterministic)
 
 
-def _unflat(given: tuple[Any, ...]) -> tuple[Starts | None, Options]:
-    scale, causal, deterministic = given[4:]
+def _unflat(given: tuple[Any, ...]) -> tuple[torch.Tensor | None, Starts | None, Options]:
+    scale, causal, deterministic = given[5:]
     options = options_of(scale, causal, None, None, deterministic=deterministic)
-    return None if given[0] is None else Starts(*given[:4]), options
+    return given[0], None if given[1] is None else Starts(*given[1:5]), options
 
 
 def _operators(library: Library) -> tuple[Any, Any]:
@@ -193,7 +216,8 @@ def _operators(library: Library) -> tuple[Any, Any]:
         return forward, None
 
     def run_backward(*given: Any) -> Any:
-        return tuple(grad.contiguous() for grad in gradients(library.module, *given[:6], *_unflat(given[6:])))
+        lengths, starts, options = _unflat(given[6:])
+        return tuple(grad.contiguous() for grad in gradients(library.module, *given[:6], starts, options, lengths))
 
     def plan_backward(
         _: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: Any

@@ -19,30 +19,32 @@ def readable(*tensors):
 def repeated(q, k):
     return k.float().repeat_interleave(q.shape[-3] // k.shape[-3], -3)
 
-def probabilities(q, k, scale, causal):
+def probabilities(q, k, scale, causal, queries=None, keys=None):
+    # of what was read so many queries and keys are of the sequence
     assert scale > 0, "the largest score is looked for before the scale"
+    queries, keys = q.shape[-2] if queries is None else queries, k.shape[-2] if keys is None else keys
     scores = q.float() @ repeated(q, k).mT * scale
+    seen = (torch.arange(scores.shape[-1], device="cpu") < keys).expand(scores.shape[-2:])
     if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril(k.shape[-2] - q.shape[-2])
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return scores
+        seen = seen.tril(keys - queries)
+    return scores.masked_fill(~seen, -torch.inf)
 
-def attend(q, k, v, scale, causal, blind_lse):
+def attend(q, k, v, scale, causal, blind_lse, keys=None):
     # (B, S, H, D)
     q, k, v = (tensor.transpose(-2, -3) for tensor in (q, k, v))
-    scores = probabilities(q, k, scale, causal)
+    scores = probabilities(q, k, scale, causal, None, keys)
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     lse = scores.logsumexp(-1).masked_fill(blind[..., 0], blind_lse)
     lse = lse.masked_fill(lse.isnan(), blind_lse)
     return (weights @ repeated(q, v)).transpose(-2, -3), lse
 
-def gradients(grad, q, k, v, out, lse, scale, causal, blind_lse):
+def gradients(grad, q, k, v, out, lse, scale, causal, blind_lse, queries=None, keys=None):
     # of a sequence, (S, H, D), from a result and an lse that may be those of a longer one
     assert not (lse == -blind_lse).any(), "the lse of another convention"
     heads = k.shape[1]
     grad, q, k, v, out = (tensor.transpose(0, 1).float() for tensor in (grad, q, k, v, out))
-    weights = (probabilities(q, k, scale, causal) - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp()
+    weights = (probabilities(q, k, scale, causal, queries, keys) - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp()
     change = weights * (grad @ repeated(q, v).mT - (grad * out).sum(-1, keepdim=True))
     dq, dk, dv = change @ repeated(q, k) * scale, change.mT @ q * scale, weights.mT @ grad
     dk, dv = (each.unflatten(0, (heads, -1)).sum(1) for each in (dk, dv))
@@ -53,39 +55,60 @@ def dense(q, k, v, scale, causal, blind_lse):
     out, lse = attend(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, causal, blind_lse)
     return out.to(q.dtype).contiguous(), lse
 
-def sequences(starts_q, starts_k, longest_q, longest_k):
-    assert starts_q.dtype == starts_k.dtype == torch.int32 and longest_q >= 2
-    starts_q, starts_k = starts_q.tolist(), starts_k.tolist()
-    for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
-        assert b - a <= longest_q and d - c <= longest_k
-        yield slice(a, b), slice(c, d)
-
-def packed(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, causal, blind_lse):
+def shortened(q, k, v, lengths, scale, causal, blind_lse):
     readable(q, k, v)
+    assert lengths.dtype == torch.int32 and lengths.is_contiguous() and lengths.shape == k.shape[:1]
+    assert q.ndim == k.ndim == 4 and int(lengths.max()) <= k.shape[1]
+    parts = [attend(*one, scale, causal, blind_lse, int(keys)) for *one, keys in zip(q, k, v, lengths)]
+    out, lse = (torch.stack(part) for part in zip(*parts))
+    return out.to(q.dtype).contiguous(), lse
+
+def slices(starts, longest, tensor):
+    if starts is None:
+        return [slice(number * tensor.shape[1], (number + 1) * tensor.shape[1]) for number in range(tensor.shape[0])]
+    assert starts.dtype == torch.int32 and max(starts.diff().tolist()) <= longest
+    return [slice(*ends) for ends in zip(starts.tolist(), starts.tolist()[1:])]
+
+def read(place, whole, size, dense, tile):
+    # in tiles, on into what is packed behind a sequence, and weighed with 0 there
+    end = whole.stop if dense else size
+    return slice(place.start, min(place.start + max(-(-(place.stop - place.start) // tile), 1) * tile, end)) if tile else place
+
+def packed(q, k, v, starts_q, starts_k, longest_q, longest_k, scale, causal, blind_lse, tile=0):
+    readable(q, k, v)
+    assert longest_q >= 2
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full((q.shape[1], q.shape[0]), blind_lse, dtype=torch.float32, device="cpu")
-    for rows, keys in sequences(starts_q, starts_k, longest_q, longest_k):
+    for rows, keys in zip(slices(starts_q, longest_q, q), slices(starts_k, longest_k, k)):
         if keys.stop > keys.start:
-            part, lse[:, rows] = attend(q[rows], k[keys], v[keys], scale, causal, blind_lse)
+            wide = read(keys, keys, k.shape[0], False, tile)
+            part, lse[:, rows] = attend(q[rows], k[wide], v[wide], scale, causal, blind_lse, keys.stop - keys.start)
             out[rows] = part.to(q.dtype)
     return out, lse
 
-def backward(grad, q, k, v, out, lse, starts, scale, causal, blind_lse):
+def backward(grad, q, k, v, out, lse, starts, scale, causal, blind_lse, lengths=None, tile=0):
+    # what is beyond the keys of a sequence stays unwritten
     readable(grad, q, k, v, out)
     assert lse.dtype == torch.float32 and lse.is_contiguous() and q.shape[-1] == v.shape[-1]
-    grads = [torch.zeros_like(tensor) for tensor in (q, k, v)]
-    if starts is None:
-        batch, places = q.shape[0], [(number, number) for number in range(q.shape[0])]
-    else:
-        if starts[3] == 0:
-            raise RuntimeError("CUDA error: invalid argument")  # a grid of no blocks
-        lse, places = lse.transpose(0, 1), list(sequences(*starts))
-    for rows, keys in places:
-        one = lse[rows] if starts is None else lse[rows].transpose(0, 1)
-        found = gradients(grad[rows], q[rows], k[keys], v[keys], out[rows], one, scale, causal, blind_lse)
-        for whole, place, part in zip(grads, (rows, keys, keys), found):
-            whole[place] = part.to(q.dtype)
-    return grads
+    starts_q, starts_k, longest_q, longest_k = starts or (None,) * 4
+    if starts_q is not None and longest_k == 0:
+        raise RuntimeError("CUDA error: invalid argument")  # a grid of no blocks
+    places = list(zip(slices(starts_q, longest_q, q), slices(starts_k, longest_k, k)))
+    lse = lse.transpose(0, 1).flatten(1) if starts_q is None else lse
+    flat = [tensor.flatten(0, 1) if tensor.ndim == 4 else tensor for tensor in (grad, q, k, v, out)]
+    grads = [torch.full_like(tensor, torch.nan if lengths is not None else 0.0) for tensor in flat[1:4]]
+    for number, (rows, whole) in enumerate(places):
+        keys = whole if lengths is None else slice(whole.start, whole.start + int(lengths[number]))
+        queries, count = rows.stop - rows.start, keys.stop - keys.start
+        high = read(rows, rows, flat[1].shape[0], starts_q is None, tile)
+        wide = read(keys, whole, flat[2].shape[0], starts_k is None, tile)
+        more = high.stop - high.start - queries
+        own = pad(flat[4][rows], (0, 0, 0, 0, 0, more)), pad(lse[:, rows], (0, more), value=blind_lse)
+        read_on = flat[0][high], flat[1][high], flat[2][wide], flat[3][wide], *own
+        found = gradients(*read_on, scale, causal, blind_lse, queries, count)
+        for tensor, place, part in zip(grads, (rows, keys, keys), found):
+            tensor[place] = part[: place.stop - place.start].to(q.dtype)
+    return [tensor.view(like.shape) for tensor, like in zip(grads, (q, k, v))]
 """
 
 FLASH_2 = (
@@ -140,18 +163,31 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
                            softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
                            window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
                            deterministic=False, sm_margin=0, return_attn_probs=False):
-    found = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, INF)
+    starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    found = packed(q, k, v, *starts, softmax_scale, causal, INF, 192)
     if not k.shape[0]:
         found[1].fill_(float("inf"))
     return found if return_attn_probs else found[0]
 
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+                            cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
+                            max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None,
+                            softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
+                            rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0,
+                            return_softmax_lse=False):
+    assert num_splits == 1, "splits would be chosen"
+    out, lse = shortened(q, k_cache, v_cache, cache_seqlens, softmax_scale, causal, INF)
+    return (out, lse, None, None) if return_softmax_lse else out
+
 def _flash_attn_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
                          max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
                          window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0):
-    assert sequed_q is None and sequed_k is None and (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
+    assert sequed_q is None and (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
     assert not deterministic or q.shape[-1] <= 192, "Deterministic backward not supported for hdim 256."
-    starts = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    found = backward(dout, q, k, v, out, softmax_lse, starts, softmax_scale, is_causal, INF)
+    starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        sequed_k = None  # it is left unread
+    found = backward(dout, q, k, v, out, softmax_lse, starts, softmax_scale, is_causal, INF, sequed_k, 128)
     for grad, each in zip((dq, dk, dv), found):
         readable(grad)
         grad.copy_(each)
@@ -174,15 +210,19 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_se
                            window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
                            deterministic=False, score_mod=None, aux_tensors=None, return_lse=False):
     assert q.shape[-1] <= 128
-    out, lse = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, INF)
+    starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        out, lse = shortened(q, k, v, seqused_k, softmax_scale, causal, INF)
+    else:
+        out, lse = packed(q, k, v, *starts, softmax_scale, causal, INF, 128)
     return out, lse if return_lse else None
 
 def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
                     window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
                     max_seqlen_q=None, max_seqlen_k=None, deterministic=False):
     assert -q.shape[-1] % 32 < 16, "laid out in steps of 16, and read in steps of 32: gradients of other rows"
-    starts = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return backward(dout, q, k, v, out, lse, starts, softmax_scale, causal, INF)
+    starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return backward(dout, q, k, v, out, lse, starts, softmax_scale, causal, INF, seqused_k, 128)
 """
 )
 AITER = (
@@ -264,7 +304,8 @@ SOURCES = {
         "__init__.py": INTERFACE.format("flash_attn_interface"), "flash_attn_interface.py": FLASH_2
     },
     "kernels-community/flash-attn3": {
-        "__init__.py": INTERFACE.format("flash_attn_interface"), "flash_attn_interface.py": FLASH_3
+        "__init__.py": INTERFACE.format("flash_attn_interface") + ", flash_attn_with_kvcache",
+        "flash_attn_interface.py": FLASH_3,
     },
     "kernels-community/flash-attn4": {"__init__.py": INTERFACE.format("interface"), "interface.py": FLASH_4},
     "kernels-community/aiter-flash-attn-ck": {"__init__.py": INTERFACE.format("mha"), "mha.py": AITER},
