@@ -44,6 +44,12 @@ _SOFTCAP_HIDES_NOT = Rule(
     lambda facts: facts.softcap and _moves(facts),
 )
 
+_NO_LSE_OF_SOFTCAP = Rule(
+    "softcap excludes return_lse: the kernel takes tanh to 11 bits (tanh.approx), which a result in half precision hides and "
+    "a float32 lse does not; use native_math",
+    lambda facts: facts.softcap and facts.return_lse,
+)
+
 
 def _no_room(widest: int) -> Rule:
     return Rule(
@@ -62,11 +68,7 @@ _FLASH_RULES = (
         "softcap excludes dropout: flash-attn's kernels have one of them at a time; use native_math",
         lambda facts: facts.softcap and facts.dropout,
     ),
-    Rule(
-        "softcap excludes return_lse: the kernel takes tanh to 11 bits (tanh.approx), which a result in half precision hides and "
-        "a float32 lse does not; use native_math",
-        lambda facts: facts.softcap and facts.return_lse,
-    ),
+    _NO_LSE_OF_SOFTCAP,
     Rule(
         "dropout excludes return_lse: the library returns the lse only beside all probabilities, a tensor of (Sq, Skv)",
         lambda facts: facts.dropout and facts.return_lse,
@@ -138,7 +140,7 @@ FLASH_3 = BackendSpec(
                     ),
                 )
             ),
-            rules=(_SOFTCAP_HIDES_NOT, _no_room(256)),
+            rules=(_SOFTCAP_HIDES_NOT, _NO_LSE_OF_SOFTCAP, _no_room(256)),
         )
     ),
     context_parallel=_ALL_PARALLEL,

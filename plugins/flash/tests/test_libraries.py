@@ -147,6 +147,7 @@ def test_architectures(spec, capability, admitted):
             {"deterministic": True, "backward": True, "head_dim": 256, "value_head_dim": 256},
             "deterministic excl",
         ),
+        (FLASH_3, {"softcap": True, "return_lse": True}, "softcap excludes return_lse"),
         (FLASH_4, {"head_dim": 256, "mask": "key_padding", "causal": True}, "head dims above 248 exclude key padding"),
         (FLASH_4, {"dropout": True}, "flash-attn 4 has no dropout"),
         (
