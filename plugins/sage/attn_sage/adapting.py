@@ -26,15 +26,11 @@ from attn_core.masks import traced
 from attn_sage.inputs import (
     check_sizes,
     counts_others,
-    divide,
-    fitted,
-    hide,
     missing_keys,
+    of_real_keys,
     on_default_stream,
     on_device,
-    padded,
-    share_of,
-    smooth,
+    prepared,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +75,7 @@ class Kernel(NamedTuple):
             query, key, value, tensor_layout="NHD", is_causal=causal, sm_scale=scale, return_lse=return_lse, **options
         )
         out, lse = found if return_lse else (found, query.new_empty(0, dtype=torch.float32))
-        out = out.contiguous()  # of a padded head dim it returns a slice
+        out, lse = out.contiguous(), lse.contiguous()  # of a padded head dim it returns a slice
         if self.float8:
             silent = torch.linalg.vector_norm(value, float("inf"), dim=1) <= SILENT
             out.unflatten(2, (key.shape[2], -1)).masked_fill_(silent[:, None, :, None], 0.0)
@@ -110,23 +106,22 @@ def _computed(
     causal: bool,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    missing = missing_keys(kernel.block, key.shape[1], causal=causal)
-    divided = not causal and counts_others(key.shape[1], keep, missing)
-    value, power = (value, None) if keep is None else fitted(hide(value, keep))
-    smoothed = smooth(query, key, keep, missing)
-    taken = _taken(query, smoothed.mean) * scale if return_lse else None
+    keys = key.shape[1]
+    missing = missing_keys(kernel.block, keys, causal=causal)
+    divided = not causal and counts_others(keys, keep, missing)
+    inputs = prepared(query, key, value, keep, missing, causal=causal, divided=divided, wanted=True)
+    taken = _taken(query, inputs.mean) * scale if return_lse else None
     if scale < 0:
-        query, scale = -query, -scale
-    inputs = padded(query, smoothed.key, value, missing, causal=causal)
-    out, lse = kernel(*inputs, scale, causal, return_lse)
+        inputs, scale = inputs._replace(query=-inputs.query), -scale
+    out, lse = kernel(inputs.query, inputs.key, inputs.value, scale, causal, return_lse)
     if causal:
         out, lse = out[:, : query.shape[1]].contiguous(), lse[..., : query.shape[1]].contiguous()
     if divided:
-        share = share_of(inputs[2], key.shape[1], keep, lambda ones: kernel(*inputs[:2], ones, scale, causal, False)[0])
-        out = divide(out, share, power)
-        lse = lse + share[..., 0].transpose(1, 2).float().log() if return_lse else lse
+        others = (keep, keys, scale, lambda ones: kernel(inputs.query, inputs.key, ones, scale, causal, False)[0])
+        out, found = of_real_keys(out, lse if return_lse else None, inputs, *others)
+        lse = lse if found is None else found
     if kernel.smooths or kernel.float8:  # and so hides what ``smooth`` put there
-        nothing = smoothed.nothing.sum(-1)[:, None, :, None, None]
+        nothing = inputs.nothing.sum(-1)[:, None, :, None, None]
         out.unflatten(2, (key.shape[2], -1)).add_(nothing)
     if taken is not None:
         lse = lse + taken

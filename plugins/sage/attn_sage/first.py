@@ -4,7 +4,7 @@ Four things of version 1.0.6 that are mended here (all of them seen in its sourc
 
 - it subtracts the mean from the caller's key in place; here it is given a smoothed copy and told not to smooth;
 - without causal it reads keys in blocks of 64 and counts the missing ones of the last block with a score of 0, so that the
-  results of other lengths are too small. They are divided by the share of the real ones, see ``inputs.share_of``. Key
+  results of other lengths are too small. They are divided by the share of the real ones, see ``inputs.of_real_keys``. Key
   padding comes from the same: hidden keys are made 0, and taken out again;
 - with causal it reads the scale of a block of keys that is not there, where the last 128 keys are 64 or fewer: NaN, if what
   lies there is not finite. So queries and keys are added, see ``inputs.missing_keys``;
@@ -19,18 +19,7 @@ import torch
 from sageattention import sageattn
 
 from attn_core.masks import traced
-from attn_sage.inputs import (
-    check_sizes,
-    counts_others,
-    divide,
-    fitted,
-    hide,
-    missing_keys,
-    on_device,
-    padded,
-    share_of,
-    smooth,
-)
+from attn_sage.inputs import check_sizes, counts_others, missing_keys, of_real_keys, on_device, prepared
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
@@ -71,18 +60,16 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor | None, scale: float, causal: bool
 ) -> torch.Tensor:
     check_sizes(NAME, query, key, value)
-    with on_device(query), torch.no_grad():
-        missing = missing_keys(BLOCK, key.shape[1], causal=causal)
-        divided = not causal and counts_others(key.shape[1], keep, missing)
-        value, power = (value, None) if keep is None else fitted(hide(value, keep))
-        inputs = padded(query, smooth(query, key, keep, missing).key, value, missing, causal=causal)
-        out = _kernel(*inputs, scale, causal)
-        if causal:
-            return out[:, : query.shape[1]].contiguous()
+    keys = key.shape[1]
+    missing = missing_keys(BLOCK, keys, causal=causal)
+    divided = not causal and counts_others(keys, keep, missing)
+    with on_device(query):
+        inputs = prepared(query, key, value, keep, missing, causal=causal, divided=divided)
+        out = _kernel(inputs.query, inputs.key, inputs.value, scale, causal)
         if divided:
-            share = share_of(inputs[2], key.shape[1], keep, lambda ones: _kernel(*inputs[:2], ones, scale, causal))
-            out = divide(out, share, power)
-    return out
+            others = (keep, keys, scale, lambda ones: _kernel(inputs.query, inputs.key, ones, scale, causal))
+            out, _ = of_real_keys(out, None, inputs, *others)
+    return out[:, : query.shape[1]].contiguous() if causal else out
 
 
 def _kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:

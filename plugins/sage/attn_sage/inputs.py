@@ -14,6 +14,7 @@ from attn_core.shaping import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
 GRID = 65_535
 """The largest second and third dimension of a CUDA grid; batch and heads go there."""
@@ -59,9 +60,14 @@ def on_default_stream(
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Make the device of a tensor the current one, on which Triton launches, and put back the one that was.
 
-    sageattention 2 changes the current device of the process by itself; this undoes it.
+    sageattention 2 changes the current device of the process by itself, to this one; which this undoes.
     """
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
+
+
+_NOTHING = nullcontext()
 
 
 def check_sizes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -75,27 +81,38 @@ def check_sizes(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.
     if rows > GRID:
         msg = f"{name}: found a batch of {batch} with {heads} heads; accepted: up to {GRID} of each. Next: split the batch"
         raise CallRefused(msg)
-    for label, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.is_contiguous() and tensor.numel() < OFFSETS:
-            continue
+    for tensor in (query, key, value):
+        if tensor.numel() >= OFFSETS or not tensor.is_contiguous():
+            _check_span(name, query=query, key=key, value=value)
+            return
+
+
+def _check_span(name: str, **tensors: torch.Tensor) -> None:
+    for label, tensor in tensors.items():
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         if max(last, tensor.numel()) >= OFFSETS:
             msg = f"{name}: {label} spans {last + 1} numbers; accepted: up to {OFFSETS}. Next: split the batch or the heads"
             raise CallRefused(msg)
 
 
-class Smoothed(NamedTuple):
-    """A key made smooth.
+class Prepared(NamedTuple):
+    """What a kernel is given.
 
     Attributes:
+        query: (B, Sq, Hq, D), with causal longer by what is missing.
         key: less its mean, a copy (B, Skv and what is missing, Hkv, D).
-        mean: (B, 1, Hkv, D).
-        nothing: 0 where this number of all queries and keys of a key head is finite, else NaN: (B, Hkv, D), float32.
+        value: of as many rows; with key padding 0 where it is hidden, and times ``power``.
+        power: of two, (B, Hkv) in float32, or None; see ``fitted``.
+        mean: of the keys, (B, 1, Hkv, D), or None where it was not asked for.
+        nothing: 0 where this number of all queries and keys of a key head is finite, else NaN, (B, Hkv, D) in float32; or None.
     """
 
+    query: torch.Tensor
     key: torch.Tensor
-    mean: torch.Tensor
-    nothing: torch.Tensor
+    value: torch.Tensor
+    power: torch.Tensor | None
+    mean: torch.Tensor | None
+    nothing: torch.Tensor | None
 
 
 def missing_keys(block: int, keys: int, *, causal: bool) -> int:
@@ -110,7 +127,52 @@ def missing_keys(block: int, keys: int, *, causal: bool) -> int:
     return DIAGONAL - last if 0 < last <= DIAGONAL // 2 else 0
 
 
-def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = None, missing: int = 0) -> Smoothed:
+def prepared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    missing: int,
+    *,
+    causal: bool = False,
+    divided: bool = False,
+    wanted: bool = False,
+) -> Prepared:
+    """The inputs of a kernel, laid out as it insists on: smooth keys, and as many values.
+
+    Args:
+        query: (B, Sq, Hq, D).
+        key: (B, Skv, Hkv, D).
+        value: (B, Skv, Hkv, D).
+        keep: which keys are real, (B, Skv), or None for all.
+        missing: how many keys and values of 0 to add, with causal queries too.
+        causal: whether it is.
+        divided: whether ``of_real_keys`` follows, which on a GPU shows by itself what is not finite in a query.
+        wanted: whether ``mean`` and ``nothing`` are.
+    """
+    query, key, value = aligned(_longer(query, missing) if causal else query), aligned(key), aligned(value)
+    if key.is_cuda and (fused := _fused()) is not None:
+        keep = None if keep is None else keep.contiguous()
+        scanned = wanted or not divided
+        return Prepared(query, *fused.prepared(query, key, value, keep, missing, scanned=scanned, wanted=wanted))
+    value, power = (value, None) if keep is None else fitted(hide(value, keep))
+    smoothed, mean, nothing = smooth(query, key, keep)
+    return Prepared(query, _longer(smoothed, missing), _longer(value, missing), power, mean, nothing)
+
+
+@cache
+def _fused() -> ModuleType | None:
+    """The same on a GPU, in one launch or two, where there is Triton."""
+    try:
+        from attn_sage import fused
+    except ImportError:
+        return None
+    return fused
+
+
+def smooth(
+    query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Take its mean over the sequence from the key, which changes each score of a query alike; 0 what is not to be kept.
 
     The kernels turn NaN into 0 when they quantise, and so hide it. An infinity in the first key makes the scale of its
@@ -121,10 +183,10 @@ def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = N
         query: (B, Sq, Hq, D).
         key: (B, Skv, Hkv, D).
         keep: which keys are real, (B, Skv), or None for all.
-        missing: how many keys of 0 to add.
+
+    Returns:
+        A copy of the key, and ``mean`` and ``nothing`` of ``Prepared``.
     """
-    if key.is_cuda and (fused := _fused()) is not None:
-        return Smoothed(*fused(query, key, keep, key.shape[1] + missing))
     if keep is None:
         mean = key.mean(1, keepdim=True)
         smoothed = key - mean
@@ -138,35 +200,12 @@ def smooth(query: torch.Tensor, key: torch.Tensor, keep: torch.Tensor | None = N
         total = total.unflatten(1, (key.shape[2], -1)).sum(2)
     nothing = total + mean[:, 0] * 0.0
     smoothed[:, 0].masked_fill_(nothing.isnan(), float("inf"))
-    return Smoothed(_longer(smoothed, missing), mean, nothing)
-
-
-@cache
-def _fused() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None:
-    """The same in two launches, where there is Triton."""
-    try:
-        from attn_sage.fused import smooth
-    except ImportError:
-        return None
-    return smooth
+    return smoothed, mean, nothing
 
 
 def hide(tensor: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """A copy of keys or values (B, Skv, H, D) that is 0 where they are not to be kept, (B, Skv)."""
     return tensor.masked_fill(~keep[:, :, None, None], 0.0)
-
-
-def padded(
-    query: torch.Tensor,
-    smoothed: torch.Tensor,
-    value: torch.Tensor,
-    missing: int,
-    *,
-    causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inputs of a kernel, laid out as it insists on: with as many values as smooth keys, with causal queries too."""
-    query = _longer(query, missing) if causal else query
-    return aligned(query), aligned(smoothed), aligned(_longer(value, missing))
 
 
 def _longer(tensor: torch.Tensor, missing: int) -> torch.Tensor:
@@ -183,29 +222,61 @@ def counts_others(keys: int, keep: torch.Tensor | None, missing: int) -> bool:
 
 
 def fitted(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values in float16 times a power of two that brings the largest of a head to some 200, and that power, (B, 1, Hkv, 1).
+    """Values in float16 times a power of two that brings the largest of a head to some 200, and that power, (B, Hkv).
 
     A result that is to be divided by a small share is small itself, and in float16 would have no digits left. No more than
     200, since kernels add a block of up to 128 of them in float16. Other dtypes have digits enough: None.
     """
     if value.dtype != torch.float16:
         return value, None
-    largest = value.abs().amax((1, 3), keepdim=True).float()
+    largest = value.abs().amax((1, 3)).float()
     power = torch.exp2(torch.floor(8.0 - torch.log2(largest))).clamp(2.0**-100, 2.0**100)
     power = torch.where(largest.isfinite() & (largest > 0.0), power, 1.0)
-    return (value.float() * power).to(value.dtype), power
+    return (value.float() * power[:, None, :, None]).to(value.dtype), power
+
+
+def of_real_keys(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    inputs: Prepared,
+    keep: torch.Tensor | None,
+    keys: int,
+    scale: float,
+    weigh: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The results for real keys alone, where a kernel counted others with a score of 0; 0 for a query that sees none.
+
+    They are divided by the share of the probabilities that is that of real keys. On a GPU it comes from a sum of the
+    exponentials of their scores, else from a second run of the kernel.
+
+    Args:
+        out: of the kernel, (B, Sq, Hq, D), dense; on a GPU changed in place.
+        lse: of the kernel, (B, Hq, Sq), dense, or None; so too.
+        inputs: which it was given.
+        keep: which keys are real, (B, Skv), or None for all.
+        keys: how many keys the call has.
+        scale: which it was given.
+        weigh: the kernel, for the same queries and keys and other values.
+    """
+    if out.is_cuda and (fused := _fused()) is not None:
+        keep = None if keep is None else keep.contiguous()
+        fused.of_real_keys(out, lse, inputs.query, inputs.key, inputs.power, keep, keys, scale)
+        return out, lse
+    share = share_of(inputs.value, keys, keep, weigh)
+    lse = None if lse is None else lse + share[..., 0].transpose(1, 2).float().log()
+    return divide(out, share, inputs.power), lse
 
 
 def share_of(
     value: torch.Tensor, keys: int, keep: torch.Tensor | None, weigh: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Which share of the probabilities is that of real keys, (B, Sq, Hq, D), where others were counted with a score of 0.
+    """Which share of the probabilities is that of real keys, (B, Sq, Hq, D).
 
     It is what the kernel returns for values of 1 where keys are real. The largest real score is never far below the
     others' 0, for the reason that ``counts_others`` has.
 
     Args:
-        value: as the kernel was given it, padded.
+        value: as the kernel was given it, with what was missing.
         keys: how many keys the call has.
         keep: which of them are real, (B, keys), or None for all.
         weigh: the kernel, for the same queries and keys and other values.
@@ -220,5 +291,5 @@ def divide(out: torch.Tensor, share: torch.Tensor, power: torch.Tensor | None) -
     """The result for real keys alone and for values without their power of two; 0 for a query that sees none."""
     if power is None:
         return torch.where(share != 0, out / share, 0.0)
-    power = power.repeat_interleave(out.shape[2] // power.shape[2], 2)
+    power = power.repeat_interleave(out.shape[2] // power.shape[1], 1)[:, None, :, None]
     return torch.where(share != 0, out.float() / share.float() / power, 0.0).to(out.dtype)
