@@ -110,7 +110,7 @@ def _computed(
     missing = missing_keys(kernel.block, keys, causal=causal)
     divided = not causal and counts_others(keys, keep, missing)
     inputs = prepared(query, key, value, keep, missing, causal=causal, divided=divided, wanted=True)
-    taken = _taken(query, inputs.mean) * scale if return_lse else None
+    taken = _taken(query, inputs.mean) * scale if return_lse and inputs.mean is not None else None
     if scale < 0:
         inputs, scale = inputs._replace(query=-inputs.query), -scale
     out, lse = kernel(inputs.query, inputs.key, inputs.value, scale, causal, return_lse)
@@ -120,9 +120,8 @@ def _computed(
         others = (keep, keys, scale, lambda ones: kernel(inputs.query, inputs.key, ones, scale, causal, False)[0])
         out, found = of_real_keys(out, lse if return_lse else None, inputs, *others)
         lse = lse if found is None else found
-    if kernel.smooths or kernel.float8:  # and so hides what ``smooth`` put there
-        nothing = inputs.nothing.sum(-1)[:, None, :, None, None]
-        out.unflatten(2, (key.shape[2], -1)).add_(nothing)
+    if (kernel.smooths or kernel.float8) and inputs.nothing is not None:  # it hides what ``smooth`` put there
+        out.unflatten(2, (key.shape[2], -1)).add_(inputs.nothing.sum(-1)[:, None, :, None, None])
     if taken is not None:
         lse = lse + taken
     return out, lse

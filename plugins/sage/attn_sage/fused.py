@@ -20,13 +20,16 @@ MOST_PARTS = 32
 ROWS_OF_A_PART = 128
 NUMBERS_AT_ONCE = 8192
 """How many numbers of a tensor a program holds, of the first two kernels."""
-QUERIES, KEYS = 128, 64
-"""Of a step of the third kernel."""
+STEPS = {2: (128, 64), 4: (64, 32)}
+"""How many queries and keys the third kernel has at once, by the bytes of a number: what 100 KB of shared memory hold."""
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit  # type: ignore[untyped-decorator] # triton is not installed where types are checked
-def _sums_of_keys(key, key_row, value, value_row, keep, first, last, dims, real, tile: tl.constexpr, fits: tl.constexpr):
+def _sums_of_keys(
+    key: tl.tensor, key_row: tl.tensor, value: tl.tensor, value_row: tl.tensor, keep: tl.tensor,
+    first: tl.tensor, last: tl.tensor, dims: tl.tensor, real: tl.tensor, tile: tl.constexpr, fits: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Of some rows that are to be kept: the sum of the keys, how many they are, and the size of the largest value."""
     total = tl.zeros([tile, dims.shape[0]], dtype=tl.float32)
     count = tl.zeros([tile], dtype=tl.float32)
@@ -46,7 +49,10 @@ def _sums_of_keys(key, key_row, value, value_row, keep, first, last, dims, real,
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _nothing_of_queries(query, query_row, query_head, groups, first, last, dims, real, tile: tl.constexpr):
+def _nothing_of_queries(
+    query: tl.tensor, query_row: tl.tensor, query_head: tl.tensor, groups: tl.tensor,
+    first: tl.tensor, last: tl.tensor, dims: tl.tensor, real: tl.tensor, tile: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """0, or NaN where a number of some rows is not finite."""
     nothing = tl.zeros([tile, dims.shape[0]], dtype=tl.float32)
     for group in range(groups):
@@ -90,20 +96,19 @@ def _sums(
     tl.store(to + 2 * dim + 1, largest)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "length", "rows_each", "parts", "heads", "groups"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["queries", "keys", "length", "blocks", "rows_each", "parts", "heads", "groups"])  # type: ignore[untyped-decorator]
 def _prepared(
     smooth: tl.tensor, shown: tl.tensor, power: tl.tensor, mean: tl.tensor, nothing: tl.tensor,
     sums: tl.tensor, query: tl.tensor, key: tl.tensor, value: tl.tensor, keep: tl.tensor,
     query_batch: tl.tensor, query_row: tl.tensor, query_head: tl.tensor,
     key_batch: tl.tensor, key_row: tl.tensor, key_head: tl.tensor,
     value_batch: tl.tensor, value_row: tl.tensor, value_head: tl.tensor,
-    queries: tl.tensor, keys: tl.tensor, length: tl.tensor, rows_each: tl.tensor, parts: tl.tensor,
-    heads: tl.tensor, groups: tl.tensor,
+    queries: tl.tensor, keys: tl.tensor, length: tl.tensor, blocks: tl.tensor, rows_each: tl.tensor,
+    parts: tl.tensor, heads: tl.tensor, groups: tl.tensor,
     dim: tl.constexpr, padded_dim: tl.constexpr, tile: tl.constexpr, most_parts: tl.constexpr,
 ) -> None:  # fmt: skip
     """Keys less their mean, and values times their power; 0 behind the last one and where they are not to be kept."""
     at = tl.program_id(0)
-    blocks = tl.cdiv(length, rows_each)
     head, block, batch = at % heads, (at // heads) % blocks, at // heads // blocks
     dims = tl.arange(0, padded_dim)
     real = dims < dim
@@ -122,9 +127,9 @@ def _prepared(
         each = tl.arange(0, most_parts)
         of_parts = sums + ((batch * parts + each).to(tl.int64) * heads + head) * (2 * dim + 2)
         there = each < parts
-        elements = there[:, None] & real[None, :]
-        total = tl.sum(tl.load(of_parts[:, None] + dims[None, :], mask=elements, other=0.0), 0)
-        not_finite = tl.sum(tl.load(of_parts[:, None] + dim + dims[None, :], mask=elements, other=0.0), 0)
+        of_sums = there[:, None] & real[None, :]
+        total = tl.sum(tl.load(of_parts[:, None] + dims[None, :], mask=of_sums, other=0.0), 0)
+        not_finite = tl.sum(tl.load(of_parts[:, None] + dim + dims[None, :], mask=of_sums, other=0.0), 0)
         count = tl.sum(tl.load(of_parts + 2 * dim, mask=there, other=0.0), 0)
         largest = tl.max(tl.load(of_parts + 2 * dim + 1, mask=there, other=0.0), 0)
     average = (total / tl.maximum(count, 1.0)).to(smooth.dtype.element_ty).to(tl.float32)
@@ -132,12 +137,11 @@ def _prepared(
     factor = 1.0
     if power is not None:
         factor = tl.where((largest > 0.0) & (largest < float("inf")), tl.exp2(tl.floor(8.0 - tl.log2(largest))), 1.0)
-        if block == 0:
-            tl.store(power + batch * heads + head, factor)
+        tl.store(power + batch * heads + head, factor, mask=block == 0)
     if mean is not None:
-        if block == 0:
-            tl.store(mean + (batch * heads + head) * dim + dims, average.to(mean.dtype.element_ty), mask=real)
-            tl.store(nothing + (batch * heads + head) * dim + dims, not_finite, mask=real)
+        to = (batch * heads + head) * dim + dims
+        tl.store(mean + to, average.to(mean.dtype.element_ty), mask=real & (block == 0))
+        tl.store(nothing + to, not_finite, mask=real & (block == 0))
 
     of_head = (batch.to(tl.int64) * length * heads + head) * dim
     for start in range(block * rows_each, tl.minimum((block + 1) * rows_each, length), tile):
@@ -146,17 +150,17 @@ def _prepared(
         if keep is not None:
             inside = inside & (tl.load(keep + rows, mask=inside, other=0) != 0)
         elements = inside[:, None] & real[None, :]
-        to = of_head + rows[:, None] * heads * dim + dims[None, :]
+        row_at = of_head + rows[:, None] * heads * dim + dims[None, :]
         written = (rows < length)[:, None] & real[None, :]
         found = tl.load(key + rows[:, None] * key_row + dims[None, :], mask=elements, other=0.0).to(tl.float32)
         found = tl.where(elements, found - average[None, :], 0.0)
         found = tl.where((rows == 0)[:, None] & (not_finite != 0.0)[None, :], float("inf"), found)
-        tl.store(smooth + to, found.to(smooth.dtype.element_ty), mask=written)
+        tl.store(smooth + row_at, found.to(smooth.dtype.element_ty), mask=written)
         if shown is not None:
             found = tl.load(value + rows[:, None] * value_row + dims[None, :], mask=elements, other=0.0)
             if power is not None:
                 found = (found.to(tl.float32) * factor).to(shown.dtype.element_ty)
-            tl.store(shown + to, found, mask=written)
+            tl.store(shown + row_at, found, mask=written)
 
 
 @triton.jit(do_not_specialize=["scale", "queries", "keys", "length", "heads", "groups"])  # type: ignore[untyped-decorator]
@@ -251,23 +255,31 @@ def prepared(
     if wanted:
         mean = key.new_empty((batch, 1, heads, dim))
         nothing = key.new_empty((batch, heads, dim), dtype=torch.float32)
-    padded_dim = triton.next_power_of_2(dim)
+    padded_dim = _power_of_2(dim)
     tile = min(NUMBERS_AT_ONCE // padded_dim, ROWS_OF_A_PART)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     longest = max(queries, length)
-    parts, rows_each = 1, length
+    parts, blocks, rows_each = 1, 1, ROWS_ALONE
     if longest > ROWS_ALONE:
-        parts, rows_each = min(triton.cdiv(longest, ROWS_OF_A_PART), MOST_PARTS), ROWS_OF_A_PART
+        parts, blocks, rows_each = min(_times(longest), MOST_PARTS), _times(length), ROWS_OF_A_PART
         sums = key.new_empty((batch, parts, heads, 2 * dim + 2), dtype=torch.float32)
-        numbers = (queries, keys, parts, triton.cdiv(queries, parts), triton.cdiv(keys, parts), heads, groups)
+        numbers = (queries, keys, parts, _times(queries, parts), _times(keys, parts), heads, groups)
         constants = (dim, padded_dim, tile, power is not None)
         launch(_sums, batch * parts * heads, (sums, query, key, value, keep), strides, numbers, constants, 4)
     launch(
-        _prepared, batch * triton.cdiv(length, rows_each) * heads,
+        _prepared, batch * blocks * heads,
         (smooth, shown, power, mean, nothing, sums, query, key, value, keep), strides,
-        (queries, keys, length, rows_each, parts, heads, groups), (dim, padded_dim, tile, MOST_PARTS), 4,
+        (queries, keys, length, blocks, rows_each, parts, heads, groups), (dim, padded_dim, tile, MOST_PARTS), 4,
     )  # fmt: skip
     return smooth, value if shown is None else shown, power, mean, nothing
+
+
+def _times(rows: int, size: int = ROWS_OF_A_PART) -> int:
+    return -(-rows // size)
+
+
+def _power_of_2(dim: int) -> int:
+    return 1 << (dim - 1).bit_length()
 
 
 def of_real_keys(
@@ -282,10 +294,11 @@ def of_real_keys(
 ) -> None:
     """``inputs.of_real_keys``, in place: out (B, Sq, Hq, D) and lse (B, Hq, Sq), both dense."""
     batch, queries, heads, dim = out.shape
-    padded_dim = max(triton.next_power_of_2(dim), 16)
+    padded_dim = max(_power_of_2(dim), 16)
+    tile, step = STEPS[query.element_size()]
     launch(
-        _of_real_keys, batch * heads * triton.cdiv(queries, QUERIES),
+        _of_real_keys, batch * heads * _times(queries, tile),
         (out, lse, query, key, power, keep), query.stride()[:3],
         (scale * LOG2_E, queries, keys, key.shape[1], heads, heads // key.shape[2]),
-        (dim, padded_dim, QUERIES, KEYS), 4 if padded_dim <= 64 else 8,
+        (dim, padded_dim, tile, step), 4 if padded_dim <= 64 else 8,
     )  # fmt: skip
