@@ -137,11 +137,11 @@ def _prepared(
     factor = 1.0
     if power is not None:
         factor = tl.where((largest > 0.0) & (largest < float("inf")), tl.exp2(tl.floor(8.0 - tl.log2(largest))), 1.0)
-        tl.store(power + batch * heads + head, factor, mask=block == 0)
+        tl.store(power + batch * heads + head, factor)  # as every program of this head does
     if mean is not None:
         to = (batch * heads + head) * dim + dims
-        tl.store(mean + to, average.to(mean.dtype.element_ty), mask=real & (block == 0))
-        tl.store(nothing + to, not_finite, mask=real & (block == 0))
+        tl.store(mean + to, average.to(mean.dtype.element_ty), mask=real)
+        tl.store(nothing + to, not_finite, mask=real)
 
     of_head = (batch.to(tl.int64) * length * heads + head) * dim
     for start in range(block * rows_each, tl.minimum((block + 1) * rows_each, length), tile):

@@ -151,7 +151,7 @@ def prepared(
         wanted: whether ``mean`` and ``nothing`` are.
     """
     query, key, value = aligned(_longer(query, missing) if causal else query), aligned(key), aligned(value)
-    if key.is_cuda and (fused := _fused()) is not None:
+    if (fused := _on_gpu(key)) is not None:
         keep = None if keep is None else keep.contiguous()
         scanned = wanted or not divided
         return Prepared(query, *fused.prepared(query, key, value, keep, missing, scanned=scanned, wanted=wanted))
@@ -160,9 +160,13 @@ def prepared(
     return Prepared(query, _longer(smoothed, missing), _longer(value, missing), power, mean, nothing)
 
 
+def _on_gpu(tensor: torch.Tensor) -> ModuleType | None:
+    """What does the same on a GPU, in a launch or two, where there is Triton."""
+    return _fused() if tensor.is_cuda else None
+
+
 @cache
 def _fused() -> ModuleType | None:
-    """The same on a GPU, in one launch or two, where there is Triton."""
     try:
         from attn_sage import fused
     except ImportError:
@@ -258,7 +262,7 @@ def of_real_keys(
         scale: which it was given.
         weigh: the kernel, for the same queries and keys and other values.
     """
-    if out.is_cuda and (fused := _fused()) is not None:
+    if (fused := _on_gpu(out)) is not None:
         keep = None if keep is None else keep.contiguous()
         fused.of_real_keys(out, lse, inputs.query, inputs.key, inputs.power, keep, keys, scale)
         return out, lse

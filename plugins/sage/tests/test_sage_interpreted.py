@@ -1,4 +1,4 @@
-"""The Triton kernels of sageattention 1 themselves, interpreted on the CPU, where both are installed.
+"""Triton kernels interpreted on the CPU: those of sageattention 1, where it is installed, and those of this wheel.
 
 ``sageattn`` insists on a GPU, so its two halves are called: what quantises, and what attends.
 """
@@ -10,9 +10,12 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 
+STAND_INS = Path(__file__).parent / "stand_ins"
 SCRIPT = """
 import sys, types
 import torch
@@ -31,8 +34,10 @@ library.sageattn = sageattn
 sys.modules["sageattention"] = library
 from attn_core import KeyPadding
 from attn_core.testing import reference
-from attn_sage import first
+from attn_sage import first, inputs
 
+if "fused" in sys.argv:
+    inputs._on_gpu = lambda tensor: inputs._fused()
 random = torch.Generator().manual_seed(0)
 keep = torch.rand(2, 77, generator=random) < 0.5
 keep[0] = False
@@ -49,7 +54,8 @@ for bad in ("q", "k"):
     given = {"q": torch.randn(2, 70, 2, 64, generator=random), "k": torch.randn(2, 70, 2, 64, generator=random)}
     given[bad][1, 11, 0, 3] = float("nan")
     out = first.forward(given["q"], given["k"], given["k"].nan_to_num(), scale=0.125)
-    assert not out[1, :, 0].isfinite().any() and out[0].isfinite().all()
+    seen = 11 if bad == "q" else slice(70)  # other queries may be NaN too, or not
+    assert not out[1, seen, 0].isfinite().any() and out[0].isfinite().all()
 alone = torch.full((1, 1, 1, 64), float("nan"))
 assert not first.forward(torch.randn(1, 5, 1, 64, generator=random), alone, torch.ones_like(alone), scale=0.125).isfinite().any()
 if "library" in sys.argv:  # what the adapter mends
@@ -67,13 +73,18 @@ def installed():
         return False
 
 
-@pytest.mark.skipif(not installed(), reason="needs sageattention 1 and triton: pip install sageattention==1.0.6 triton")
-def test_the_kernels_of_sageattention_1_are_right_through_the_adapter_and_wrong_without_it():
-    path = os.pathsep.join(filter(None, sys.path))
+def interpret(script, *arguments):
+    path = os.pathsep.join([str(STAND_INS), *filter(None, sys.path)])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", SCRIPT, "library"]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not installed(), reason="needs sageattention 1 and triton: pip install sageattention==1.0.6 triton")
+@pytest.mark.parametrize("what", ["library", "fused"])
+def test_the_kernels_of_sageattention_1_are_right_through_the_adapter_and_wrong_without_it(what):
+    interpret(SCRIPT, what)
 
 
 PREPARED = """
@@ -83,8 +94,8 @@ from attn_sage import fused, inputs
 random = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for batch, queries, keys, heads, groups, dim, missing in (
-        (2, 70, 77, 2, 2, 64, 51), (1, 5, 1, 1, 1, 96, 0), (1, 300, 4500, 1, 2, 128, 0), (3, 1, 130, 3, 1, 64, 62),
-        (2, 1500, 7, 1, 1, 40, 57),
+        (2, 70, 77, 2, 2, 64, 51), (1, 5, 1, 1, 1, 96, 0), (1, 300, 1100, 1, 2, 128, 0), (3, 1, 130, 3, 1, 64, 62),
+        (2, 1100, 7, 1, 1, 40, 57),
     ):
         for padding in (False, True):
             query = torch.randn(batch, queries, heads * groups, dim, generator=random).to(dtype)
@@ -169,10 +180,123 @@ for dtype in (torch.float32, torch.float16):  # the interpreter multiplies the b
 """
 
 
+ADAPTERS = """
+import sys
+import torch
+import sageattention_first
+import sageattention_second
+from attn_core import KeyPadding
+from attn_core.testing import reference
+
+sys.modules["sageattention"] = sageattention_first
+from attn_sage import first
+sys.modules["sageattention"] = sageattention_second
+from attn_sage import inputs, second
+
+runs = []
+fused = inputs._fused()
+inputs._on_gpu = lambda tensor: runs.append(tensor) or fused
+random = torch.Generator().manual_seed(0)
+holes = torch.rand(2, 128, generator=random) < 0.5
+one = torch.arange(128)[None] == torch.tensor([[3], [128]])  # the second sequence has none
+for forward, error, with_lse in (
+    (first.forward, 0.02, False), (second.fp16_triton, 0.02, True), (second.fp8_cuda, 0.06, True), (second.automatic, 0.06, True),
+):
+    for keys, scale, keep in ((77, 0.1, None), (128, 0.1, None), (128, -0.1, holes), (128, 0.1, one)):
+        q, k, v = (
+            torch.randn(2, length, heads, 64, generator=random).half() for length, heads in ((70, 4), (keys, 2), (keys, 2))
+        )
+        k += 1
+        padding = None if keep is None else KeyPadding(keep)
+        options = {"return_lse": True} if with_lse else {}
+        runs.clear()
+        found = forward(q, k, v, scale=scale, attn_mask=padding, **options)
+        assert len(runs) == 1 + (keep is not None or keys == 77 and forward is not second.fp16_triton)
+        out, lse = found if with_lse else (found, None)
+        expected, expected_lse = reference(q, k, v, scale=scale, attn_mask=padding)
+        assert float((out.double() - expected).norm() / expected.norm()) < error, (forward, keys, scale)
+        if with_lse:
+            torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=0.05)
+        for bad in (q, k):
+            kept = bad[0, 3, 0, 0].clone()
+            bad[0, 3, 0, 0] = float("nan")
+            out = forward(q, k, v, scale=scale, attn_mask=padding)
+            rows = slice(None) if bad is k else 3
+            if bad is q or keep is None or keep[0, 3]:
+                assert not out[0, rows, 0].isfinite().any(), (forward, keys)
+            bad[0, 3, 0, 0] = kept
+"""
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("script", [PREPARED, REAL_KEYS], ids=["prepared", "of real keys"])
+@pytest.mark.parametrize("script", [PREPARED, REAL_KEYS, ADAPTERS], ids=["prepared", "of real keys", "adapters"])
 def test_what_is_done_around_a_kernel_is_the_same_in_triton(script):
-    path = os.pathsep.join(filter(None, sys.path))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpret(script)
+
+
+# --- launches without Triton's search --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launching(monkeypatch):
+    pytest.importorskip("triton")
+    from attn_sage import launching
+
+    monkeypatch.setattr(launching, "_compiled", {})
+    return launching
+
+
+class Compiled:
+    """A kernel of Triton, and what it was compiled to."""
+
+    def __init__(self):
+        self.searched, self.direct = [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, num_warps=None):
+            (self.searched if num_warps else self.direct).append(arguments)
+            return self
+
+        return run
+
+
+def test_only_a_launch_that_triton_would_compile_alike_is_made_without_its_search(launching, monkeypatch):
+    monkeypatch.setattr(launching, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launching, "KNOWN", True)
+    kernel = Compiled()
+    half, other = torch.zeros(64, dtype=torch.float16), torch.zeros(64)
+
+    def launched(pointers=(half, None), strides=(64, 16), numbers=(3, 0.5), constants=(64,), warps=4):
+        before = len(kernel.direct)
+        launching.launch(kernel, 5, pointers, strides, numbers, constants, warps)
+        return len(kernel.direct) > before
+
+    assert not launched()
+    assert launched()
+    assert launched(strides=(128, 0), numbers=(1, 16))
+    assert kernel.direct[-1] == (half.data_ptr(), None, 128, 0, 1, 16, 64)
+    assert kernel.searched[-1] == (half, None, 64, 16, 3, 0.5, 64)
+    for changed in (
+        {"pointers": (other, None)}, {"pointers": (half, half)}, {"constants": (96,)}, {"warps": 8},
+    ):  # fmt: skip
+        assert not launched(**changed)
+        assert launched(**changed)
+    for never in (
+        {"pointers": (half[1:], None)}, {"strides": (64, 8)}, {"strides": (64, 1)}, {"strides": (2**31, 16)},
+        {"strides": (-16, 16)},
+    ):  # fmt: skip
+        assert not launched(**never)
+        assert not launched(**never)
+    assert launched()
+
+
+def test_where_triton_gives_no_compiled_kernel_or_is_not_known_each_launch_is_searched_for(launching, monkeypatch):
+    tensor = torch.zeros(64)
+    for known, kind in ((True, tuple), (False, Compiled)):
+        monkeypatch.setattr(launching, "CompiledKernel", kind)
+        monkeypatch.setattr(launching, "KNOWN", known)
+        kernel = Compiled()
+        for _ in range(2):
+            launching.launch(kernel, 5, (tensor,), (), (), (), 4)
+        assert len(kernel.searched) == 2
+        assert not kernel.direct
