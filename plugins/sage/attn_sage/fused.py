@@ -64,7 +64,8 @@ def _nothing_of_queries(
     return tl.sum(nothing, 0)
 
 
-# A length or a number of heads that is new is not compiled for: it could be met where a CUDA graph is captured.
+# A length or a number of heads that is new is not compiled for, but for the few forms that there are (many rows or few, with
+# others added or hidden, or none): it could be met where a CUDA graph is captured.
 @triton.jit(do_not_specialize=["queries", "keys", "parts", "query_rows", "key_rows", "heads", "groups"])  # type: ignore[untyped-decorator]
 def _sums(
     sums: tl.tensor, query: tl.tensor, key: tl.tensor, value: tl.tensor, keep: tl.tensor,

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 from triton.compiler import CompiledKernel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
-KNOWN = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
-"""Whether this is a version of Triton whose compiled kernels take all arguments, those known when compiled included, and
-addresses for tensors. So it stands in the source of each of these."""
+KNOWN = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and torch.version.hip is None
+"""Whether compiled kernels of this Triton take all arguments, those known when compiled included, and addresses for tensors,
+and are compiled anew for nothing else than ``launch`` knows. Seen in the source of 3.3 to 3.6 and of 3.9."""
 DIVISOR = 16
 """Triton compiles anew for an address or a stride that it divides, and for a stride of 1."""
 MOST = 2**31
