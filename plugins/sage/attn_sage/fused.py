@@ -12,7 +12,7 @@ import triton.language as tl
 
 from attn_sage.launching import launch
 
-ROWS_ALONE = 1024
+ROWS_ALONE = 512
 """Up to so many rows one program sums, and lays out, all of a head. For more, many programs sum parts of it, and others read
 their sums; which takes a second launch."""
 MOST_PARTS = 32
