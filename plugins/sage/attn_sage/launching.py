@@ -38,7 +38,7 @@ def launch(
     """Launch a kernel on the current device, which is that of the tensors.
 
     Args:
-        kernel: of ``triton.jit``; its parameters are those that follow, in this order.
+        kernel: of ``triton.jit``, of a module; its parameters are those that follow, in this order.
         programs: how many.
         pointers: tensors, or None.
         strides: whole numbers for which Triton may compile anew.
@@ -47,7 +47,7 @@ def launch(
         warps: of a program.
     """
     addresses: list[int | None] = []
-    kind: list[Any] = [kernel, warps]
+    kind: list[Any] = [id(kernel), warps]  # its own hash is that of its source
     bits = all_strides = 0
     for pointer in pointers:
         if pointer is None:
