@@ -215,7 +215,7 @@ def _of_real_keys(
         factor /= tl.load(power + batch * key_heads + head // groups)
     out_at = out + (batch.to(tl.int64) * queries * heads + head) * dim + rows[:, None] * heads * dim + dims[None, :]
     found = tl.load(out_at, mask=elements, other=0.0).to(tl.float32) * factor[:, None]
-    found = tl.where((total == 0.0)[:, None], 0.0, found)
+    found = tl.where(count == 0, 0.0, found)  # a sum of 0 may come of an infinity, which is not to be hidden
     tl.store(out_at, found.to(out.dtype.element_ty), mask=elements)
     if lse is not None:
         lse_at = lse + (batch * heads + head) * queries + rows

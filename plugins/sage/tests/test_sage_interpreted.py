@@ -58,6 +58,10 @@ for bad in ("q", "k"):
     assert not out[1, seen, 0].isfinite().any() and out[0].isfinite().all()
 alone = torch.full((1, 1, 1, 64), float("nan"))
 assert not first.forward(torch.randn(1, 5, 1, 64, generator=random), alone, torch.ones_like(alone), scale=0.125).isfinite().any()
+alone = torch.ones(1, 1, 1, 64)
+alone[..., 5] = float("nan")
+for sign in (1, -1):
+    assert not first.forward(sign * torch.ones(1, 5, 1, 64), alone, torch.ones_like(alone), scale=0.125).isfinite().any(), sign
 if "library" in sys.argv:  # what the adapter mends
     q = torch.randn(1, 70, 1, 64, generator=random)
     k = torch.randn(1, 77, 1, 64, generator=random)
@@ -225,6 +229,11 @@ for forward, error, with_lse in (
             if bad is q or keep is None or keep[0, 3]:
                 assert not out[0, rows, 0].isfinite().any(), (forward, keys)
             bad[0, 3, 0, 0] = kept
+    alone = torch.ones(1, 1, 1, 64).half()
+    alone[..., 5] = float("nan")
+    for sign in (1, -1):  # of what stands for it in the score
+        out = forward(sign * torch.ones(1, 5, 1, 64).half(), alone, torch.ones_like(alone), scale=0.1)
+        assert not out.isfinite().any(), (forward, sign)
 """
 
 
