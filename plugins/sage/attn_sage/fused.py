@@ -247,6 +247,7 @@ def prepared(
     batch, keys, heads, dim = key.shape
     queries, groups = query.shape[1] if scanned else 0, query.shape[2] // heads
     length = keys + missing
+    device = key.get_device()
     smooth = key.new_empty((batch, length, heads, dim))
     shown = power = mean = nothing = sums = None
     if keep is not None or missing:
@@ -266,11 +267,12 @@ def prepared(
         sums = key.new_empty((batch, parts, heads, 2 * dim + 2), dtype=torch.float32)
         numbers = (queries, keys, parts, _times(queries, parts), _times(keys, parts), heads, groups)
         constants = (dim, padded_dim, tile, power is not None)
-        launch(_sums, batch * parts * heads, (sums, query, key, value, keep), strides, numbers, constants, 4)
+        others = (*strides, *numbers, *constants)
+        launch(_sums, device, (batch * parts * heads, 1, 1), (sums, query, key, value, keep), others, 4)
     launch(
-        _prepared, batch * blocks * heads,
-        (smooth, shown, power, mean, nothing, sums, query, key, value, keep), strides,
-        (queries, keys, length, blocks, rows_each, parts, heads, groups), (dim, padded_dim, tile, MOST_PARTS), 4,
+        _prepared, device, (batch * blocks * heads, 1, 1),
+        (smooth, shown, power, mean, nothing, sums, query, key, value, keep),
+        (*strides, queries, keys, length, blocks, rows_each, parts, heads, groups, dim, padded_dim, tile, MOST_PARTS), 4,
     )  # fmt: skip
     return smooth, value if shown is None else shown, power, mean, nothing
 
@@ -298,8 +300,11 @@ def of_real_keys(
     padded_dim = max(_power_of_2(dim), 16)
     tile, step = STEPS[query.element_size()]
     launch(
-        _of_real_keys, batch * heads * _times(queries, tile),
-        (out, lse, query, key, power, keep), query.stride()[:3],
-        (scale * LOG2_E, queries, keys, key.shape[1], heads, heads // key.shape[2]),
-        (dim, padded_dim, tile, step), 4 if padded_dim <= 64 else 8,
+        _of_real_keys, out.get_device(), (batch * heads * _times(queries, tile), 1, 1),
+        (out, lse, query, key, power, keep),
+        (
+            *query.stride()[:3], scale * LOG2_E, queries, keys, key.shape[1], heads, heads // key.shape[2],
+            dim, padded_dim, tile, step,
+        ),
+        4 if padded_dim <= 64 else 8,
     )  # fmt: skip

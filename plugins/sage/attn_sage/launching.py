@@ -19,55 +19,139 @@ KNOWN = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) a
 """Whether compiled kernels of this Triton take all arguments, those known when compiled included, and addresses for tensors,
 and are compiled anew for nothing else than ``launch`` knows. Seen in the source of 3.3 to 3.6 and of 3.9."""
 DIVISOR = 16
-"""Triton compiles anew for an address or a stride that it divides, and for a stride of 1."""
-MOST = 2**31
-"""Triton counts in 64 bits from here."""
+"""Triton compiles anew for an address or a whole number that it divides, and for a number of 1."""
+HALF = 2**31
+"""Triton counts in 64 bits from here, and below its negative."""
+MOST = 4096
+"""So many calls are kept by all that they are called with; a key is 1 or 2 KB."""
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_repeated: dict[tuple[Any, ...], Any] = {}
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: None)  # noqa: SLF001 - as Triton asks it
+
+
+class Part:
+    """What is in an allocation from some byte on, where a tensor would take as long to make as the allocation.
+
+    Args:
+        allocation: of bytes, one dimension.
+        address: of the allocation.
+        first: the byte.
+        dtype: of what is there.
+    """
+
+    __slots__ = ("_address", "_allocation", "_first", "dtype")
+
+    def __init__(self, allocation: torch.Tensor, address: int, first: int, dtype: torch.dtype) -> None:
+        self._allocation = allocation
+        self._address = address + first
+        self._first = first
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        """Where it is."""
+        return self._address
+
+    def tensor(self) -> torch.Tensor:
+        """It and what follows."""
+        return self._allocation[self._first :].view(self.dtype)
 
 
 def launch(
     kernel: Any,
-    programs: int,
-    pointers: Sequence[torch.Tensor | None],
-    strides: Sequence[int],
-    numbers: Sequence[float],
-    constants: Sequence[Any],
-    warps: int,
+    device: int,
+    grid: tuple[int, int, int],
+    pointers: Sequence[torch.Tensor | Part | None],
+    others: tuple[Any, ...],
+    warps: int | None = None,
+    stages: int | None = None,
 ) -> None:
-    """Launch a kernel on the current device, which is that of the tensors.
+    """Launch a kernel on the current device and its current stream.
 
     Args:
-        kernel: of ``triton.jit``, of a module; its parameters are those that follow, in this order.
-        programs: how many.
-        pointers: tensors, or None.
-        strides: whole numbers for which Triton may compile anew.
-        numbers: those for which it does not; the kernel names them as ``do_not_specialize``.
-        constants: the ``constexpr`` ones.
-        warps: of a program.
+        kernel: of ``triton.jit``, of a module; its parameters are pointers and others, in this order. It is known by its
+            identity, since its own hash is that of its source.
+        device: the current one, which the pointers are of.
+        grid: how many programs.
+        pointers: tensors, parts of allocations, or None.
+        others: all other arguments, the ``constexpr`` ones included.
+        warps: of a program; None for what Triton takes.
+        stages: how many loads are under way at once; so too.
     """
     addresses: list[int | None] = []
-    kind: list[Any] = [id(kernel), warps]  # its own hash is that of its source
-    bits = all_strides = 0
+    dtypes: list[torch.dtype | None] = []
+    bits = 0
     for pointer in pointers:
         if pointer is None:
             addresses.append(None)
-            kind.append(None)
+            dtypes.append(None)
         else:
             address = pointer.data_ptr()
             bits |= address
             addresses.append(address)
-            kind.append(pointer.dtype)
-    for stride in strides:
-        all_strides |= stride
-    if (bits | all_strides) % DIVISOR or not 0 <= all_strides < MOST:
-        kernel[programs,](*pointers, *strides, *numbers, *constants, num_warps=warps)
-        return
-    device = pointers[0].get_device()  # type: ignore[union-attr] # the first one is always there
-    key = (device, *kind, *constants)
-    if (compiled := _compiled.get(key)) is not None:
-        compiled[programs, 1, 1](*addresses, *strides, *numbers, *constants)
-        return
-    compiled = kernel[programs,](*pointers, *strides, *numbers, *constants, num_warps=warps)
-    if KNOWN and isinstance(compiled, CompiledKernel):  # interpreted, there is none
-        _compiled[key] = compiled
+            dtypes.append(pointer.dtype)
+    addressed = (id(kernel), device, warps, stages, bits % DIVISOR and _divided(addresses), *dtypes)
+    key = (addressed, others, *map(type, others))  # 1, 1.0 and True are equal, and not the same to Triton
+    compiled = _repeated.get(key)
+    if compiled is None:
+        compiled = _found(kernel, key, grid, pointers, others, warps, stages)
+        if compiled is None:
+            return
+    compiled[grid](*addresses, *others, stream=_stream(device))
+
+
+def _found(
+    kernel: Any,
+    key: tuple[Any, ...],
+    grid: tuple[int, int, int],
+    pointers: Sequence[torch.Tensor | Part | None],
+    others: tuple[Any, ...],
+    warps: int | None,
+    stages: int | None,
+) -> Any:
+    """The compiled kernel; or None where Triton had to be asked, which has launched it."""
+    if not KNOWN or not hasattr(kernel, "params"):
+        _searched(kernel, grid, pointers, others, warps, stages)
+        return None
+    kind = (key[0], *map(_kind, kernel.params[len(pointers) :], others))
+    if (compiled := _compiled.get(kind)) is None:
+        compiled = _searched(kernel, grid, pointers, others, warps, stages)
+        if isinstance(compiled, CompiledKernel):  # interpreted, there is none
+            _compiled[kind] = compiled
+        return None
+    if len(_repeated) >= MOST:
+        _repeated.clear()
+    _repeated[key] = compiled
+    return compiled
+
+
+def _searched(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    pointers: Sequence[torch.Tensor | Part | None],
+    others: tuple[Any, ...],
+    warps: int | None,
+    stages: int | None,
+) -> Any:
+    options = {} if warps is None else {"num_warps": warps}
+    if stages is not None:
+        options["num_stages"] = stages
+    tensors = [pointer.tensor() if isinstance(pointer, Part) else pointer for pointer in pointers]
+    return kernel[grid](*tensors, *others, **options)
+
+
+def _divided(addresses: Sequence[int | None]) -> tuple[bool, ...]:
+    return tuple(address is not None and address % DIVISOR == 0 for address in addresses)
+
+
+def _kind(parameter: Any, value: Any) -> tuple[Any, ...]:
+    """What Triton compiles anew for in an argument that is no pointer."""
+    kind = type(value)
+    if parameter.is_constexpr:
+        return kind, value
+    if kind is int:
+        bits = 32 if -HALF <= value < HALF else 64 if value < 2 * HALF**2 else 65
+        if parameter.do_not_specialize:
+            return kind, bits
+        return kind, bits, value == 1, value % DIVISOR == 0
+    return (kind,) if value is None or kind in (bool, float) else (kind, value)

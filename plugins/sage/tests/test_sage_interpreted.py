@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -252,60 +255,144 @@ def launching(monkeypatch):
     from attn_sage import launching
 
     monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_repeated", {})
     return launching
 
 
 class Compiled:
-    """A kernel of Triton, and what it was compiled to."""
+    """A kernel of Triton, or what it was compiled to; what Triton would compile anew for is found out by Triton itself."""
 
-    def __init__(self):
-        self.searched, self.direct = [], []
+    def __init__(self, kernel, specialised=None):
+        self.kernel, self.params, self.specialised = kernel, kernel.params, specialised
+        self.compiled, self.searched, self.direct = {}, [], []
 
     def __getitem__(self, grid):
-        def run(*arguments, num_warps=None):
-            (self.searched if num_warps else self.direct).append(arguments)
-            return self
+        return partial(self.search if self.specialised is None else self.run, grid)
 
-        return run
+    def found_by_triton(self, arguments, options):
+        from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.compiler import CUDABackend
+        from triton.runtime.jit import create_function_from_signature
+
+        binder = create_function_from_signature(
+            self.kernel.signature, self.params, CUDABackend(GPUTarget("cuda", 90, 32))
+        )
+        return repr(binder(*arguments)[1]) + repr(sorted(options.items()))
+
+    def search(self, grid, *arguments, **options):
+        self.searched.append((grid, *arguments))
+        specialised = self.found_by_triton(arguments, options)
+        return self.compiled.setdefault(specialised, Compiled(self, specialised))
+
+    def run(self, grid, *arguments, stream=None):
+        self.direct.append((grid, *arguments))
+
+    def runs(self):
+        return sum(len(each.direct) for each in self.compiled.values())
 
 
-def test_only_a_launch_that_triton_would_compile_alike_is_made_without_its_search(launching, monkeypatch):
+@pytest.fixture
+def kernel(launching, monkeypatch, tmp_path):
+    """Of two pointers, five numbers of which one is none of those that Triton looks at, and a constant."""
+    path = tmp_path / "kernel_of_test.py"
+    path.write_text(
+        "import triton\n@triton.jit(do_not_specialize=['length'])\n"
+        "def kernel(to, source, row, head, length, scale, flag, dim: triton.language.constexpr):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "kernel_of_test", raising=False)
     monkeypatch.setattr(launching, "CompiledKernel", Compiled)
     monkeypatch.setattr(launching, "KNOWN", True)
-    kernel = Compiled()
-    half, other = torch.zeros(64, dtype=torch.float16), torch.zeros(64)
-
-    def launched(pointers=(half, None), strides=(64, 16), numbers=(3, 0.5), constants=(64,), warps=4):
-        before = len(kernel.direct)
-        launching.launch(kernel, 5, pointers, strides, numbers, constants, warps)
-        return len(kernel.direct) > before
-
-    assert not launched()
-    assert launched()
-    assert launched(strides=(128, 0), numbers=(1, 16))
-    assert kernel.direct[-1] == (half.data_ptr(), None, 128, 0, 1, 16, 64)
-    assert kernel.searched[-1] == (half, None, 64, 16, 3, 0.5, 64)
-    for changed in (
-        {"pointers": (other, None)}, {"pointers": (half, half)}, {"constants": (96,)}, {"warps": 8},
-    ):  # fmt: skip
-        assert not launched(**changed)
-        assert launched(**changed)
-    for never in (
-        {"pointers": (half[1:], None)}, {"strides": (64, 8)}, {"strides": (64, 1)}, {"strides": (2**31, 16)},
-        {"strides": (-16, 16)},
-    ):  # fmt: skip
-        assert not launched(**never)
-        assert not launched(**never)
-    assert launched()
+    monkeypatch.setattr(launching, "_stream", lambda device: None)
+    return Compiled(importlib.import_module("kernel_of_test").kernel)
 
 
-def test_where_triton_gives_no_compiled_kernel_or_is_not_known_each_launch_is_searched_for(launching, monkeypatch):
-    tensor = torch.zeros(64)
+HALF = torch.zeros(64, dtype=torch.float16)
+USUAL = {"pointers": (HALF, HALF), "others": (64, 24, 3, 0.5, True, 64), "device": 0, "warps": None, "stages": None}
+GRID = (5, 2, 1)
+
+
+def with_other(at, value):
+    return {"others": (*USUAL["others"][:at], value, *USUAL["others"][at + 1 :])}
+
+
+ANEW = [
+    {"pointers": (torch.zeros(64), HALF)}, {"pointers": (HALF, None)}, {"pointers": (HALF, HALF[1:])},
+    {"pointers": (HALF[1:], HALF)}, {"pointers": (HALF[1:], HALF[1:])},
+    with_other(0, 1), with_other(0, 8), with_other(0, 2**31), with_other(0, 2**31 + 1), with_other(0, 2**63),
+    with_other(0, None), with_other(0, 64.0), with_other(0, True),
+    with_other(1, 1), with_other(1, 16), with_other(2, 2**40), with_other(2, 2**63), with_other(3, 1), with_other(4, 1),
+    with_other(5, 96), with_other(5, 64.0), {"device": 1}, {"warps": 4}, {"warps": 8}, {"stages": 3}, {"stages": 4},
+]  # fmt: skip
+ALIKE = [
+    {"pointers": (HALF[8:], HALF[16:])}, with_other(0, 128), with_other(0, 0), with_other(0, -16), with_other(0, 2**31 - 16),
+    with_other(1, 25), with_other(1, -1), with_other(2, 1), with_other(2, 16), with_other(3, -1.5), with_other(4, False),
+]  # fmt: skip
+
+
+def launched(launching, kernel, **changed):
+    call = {**USUAL, **changed}
+    launching.launch(kernel, call["device"], GRID, call["pointers"], call["others"], call["warps"], call["stages"])
+
+
+def test_what_triton_would_compile_anew_is_asked_for_and_what_it_would_not_is_launched_at_once(launching, kernel):
+    launched(launching, kernel)
+    launched(launching, kernel)
+    assert kernel.searched == [(GRID, *USUAL["pointers"], *USUAL["others"])]
+    (compiled,) = kernel.compiled.values()
+    assert compiled.direct == [(GRID, HALF.data_ptr(), HALF.data_ptr(), *USUAL["others"])]
+    for changed in ALIKE:
+        for _ in range(2):
+            launched(launching, kernel, **changed)
+    assert len(kernel.searched) == 1
+    assert compiled.direct[-1][3:] == with_other(4, False)["others"]
+    for changed in ANEW:
+        before = len(kernel.searched), kernel.runs()
+        for _ in range(3):
+            launched(launching, kernel, **changed)
+        assert (len(kernel.searched), kernel.runs()) == (before[0] + 1, before[1] + 2), changed
+    for _ in range(2):
+        launching.launch(Compiled(kernel.kernel), 0, GRID, USUAL["pointers"], USUAL["others"])
+    assert len(kernel.searched) == 1 + len(ANEW)
+
+
+def test_no_launch_is_of_what_triton_compiled_for_other_arguments(launching, kernel, monkeypatch):
+    """By Triton's own word, over all pairs of arguments."""
+    monkeypatch.setattr(launching, "MOST", 50)
+    monkeypatch.setattr(Compiled, "run", run_strictly)
+    numbers = (-(2**31) - 1, -(2**31), -16, -1, 0, 1, 2, 16, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, 2**63 - 16, 2**63)
+    numbers = (*numbers, 2**63 + 1, 0.0, 1.0, True, False, None)
+    for _ in range(2):
+        for row, other in itertools.product(numbers, (1, 16, 3)):
+            launched(launching, kernel, others=(row, other, row, 1.0, row == 1, other))
+            launched(launching, kernel, others=(other, row, other, row, True, row), pointers=(HALF[other:], None))
+    assert kernel.runs() > 100
+
+
+def run_strictly(compiled, grid, *arguments, stream=None):
+    given = (HALF[(address - HALF.data_ptr()) // 2 :] if address else None for address in arguments[:2])
+    assert compiled.kernel.found_by_triton((*given, *arguments[2:]), {}) == compiled.specialised
+    compiled.direct.append((grid, *arguments))
+
+
+def test_where_triton_gives_no_compiled_kernel_or_is_not_known_each_launch_is_searched_for(
+    launching, kernel, monkeypatch
+):
     for known, kind in ((True, tuple), (False, Compiled)):
         monkeypatch.setattr(launching, "CompiledKernel", kind)
         monkeypatch.setattr(launching, "KNOWN", known)
-        kernel = Compiled()
+        kernel.searched.clear()
         for _ in range(2):
-            launching.launch(kernel, 5, (tensor,), (), (), (), 4)
+            launched(launching, kernel)
         assert len(kernel.searched) == 2
-        assert not kernel.direct
+        assert not kernel.runs()
+
+
+def test_a_part_of_an_allocation_is_launched_by_its_address_and_given_to_triton_as_a_tensor(launching, kernel):
+    held = torch.arange(64, dtype=torch.uint8)
+    part = launching.Part(held, held.data_ptr(), 16, torch.float32)
+    for _ in range(2):
+        launched(launching, kernel, pointers=(part, HALF))
+    assert torch.equal(kernel.searched[0][1], held[16:].view(torch.float32))
+    (compiled,) = kernel.compiled.values()
+    assert compiled.direct[0][1] == held.data_ptr() + 16
