@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 NAME = "sage"
 BLOCK = 64
 
+try:
+    from attn_sage.first_kernels import attend, kernels
+except ImportError:  # a stand-in needs no Triton
+    _KERNELS = None
+else:
+    _KERNELS = kernels(sageattn)
+
 
 def forward(
     query: torch.Tensor,
@@ -69,10 +76,12 @@ def _attend(
         if divided:
             others = (keep, keys, scale, lambda ones: _kernel(inputs.query, inputs.key, ones, scale, causal))
             out, _ = of_real_keys(out, None, inputs, *others)
-    return out[:, : query.shape[1]].contiguous() if causal else out
+    return out[:, : query.shape[1]].contiguous() if causal and missing else out
 
 
 def _kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    if _KERNELS is not None and query.is_cuda and (found := _KERNELS.get((query.shape[3], causal))) is not None:
+        return attend(found, query, key, value, scale)
     out: torch.Tensor = sageattn(
         query, key, value, tensor_layout="NHD", is_causal=causal, sm_scale=scale, smooth_k=False
     )

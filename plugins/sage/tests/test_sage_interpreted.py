@@ -73,6 +73,38 @@ if "library" in sys.argv:  # what the adapter mends
 """
 
 
+DIRECT = """
+import itertools
+from importlib import import_module
+import torch
+from sageattention import core
+from attn_sage import first_kernels
+
+def sageattn(q, k, v, scale, causal):
+    small = q.shape[-1] == 96
+    quantise = core.per_block_int8_hd96 if small else core.per_block_int8
+    attend = ((core.attn_false, core.attn_true), (core.attn_h96_false, core.attn_h96_true))[small][causal]
+    rounded_q, q_scale, rounded_k, k_scale = quantise(q, k, sm_scale=scale, tensor_layout="NHD")
+    return attend(rounded_q, rounded_k, v.half(), q_scale, k_scale, tensor_layout="NHD", output_dtype=q.dtype)
+
+assert first_kernels.kernels(core.sageattn) is None  # which are interpreted
+found = first_kernels.of_modules([import_module("sageattention." + name) for name in first_kernels.MODULES[1:]])
+random = torch.Generator().manual_seed(0)
+for dim, causal, (queries, keys), dtype in itertools.product(
+    (64, 96, 128), (False, True), ((1, 16), (130, 77), (128, 128)), (torch.float16, torch.float32)
+):
+    queries = keys if causal else queries
+    query = torch.randn(2, queries, 3, 4, dim, generator=random).to(dtype)[:, :, 1]
+    key = torch.randn(2, keys, 2, dim, generator=random).to(dtype)
+    value = torch.randn(2, 2, keys + 1, dim, generator=random).to(dtype)[:, :, 1:].transpose(1, 2)
+    if 0 < keys % 128 <= 64 and causal:
+        continue  # it reads what is not there
+    expected = sageattn(query, key, value, 0.11, causal)
+    out = first_kernels.attend(found[dim, causal], query, key, value, 0.11)
+    assert torch.equal(out, expected) and out.stride() == expected.stride(), (dim, causal, queries, keys, dtype)
+"""
+
+
 def installed():
     try:
         return find_spec("triton") is not None and version("sageattention").startswith("1.")
@@ -92,6 +124,11 @@ def interpret(script, *arguments):
 @pytest.mark.parametrize("what", ["library", "fused"])
 def test_the_kernels_of_sageattention_1_are_right_through_the_adapter_and_wrong_without_it(what):
     interpret(SCRIPT, what)
+
+
+@pytest.mark.skipif(not installed(), reason="needs sageattention 1 and triton: pip install sageattention==1.0.6 triton")
+def test_its_kernels_launched_directly_give_what_its_functions_give_to_the_bit():
+    interpret(DIRECT)
 
 
 PREPARED = """
