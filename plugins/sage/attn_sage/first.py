@@ -23,6 +23,7 @@ from attn_sage.inputs import check_sizes, counts_others, missing_keys, of_real_k
 
 if TYPE_CHECKING:
     from attn_core.masks import KeyPadding
+    from attn_sage.first_kernels import Kernels
 
 NAME = "sage"
 BLOCK = 64
@@ -70,17 +71,20 @@ def _attend(
     keys = key.shape[1]
     missing = missing_keys(BLOCK, keys, causal=causal)
     divided = not causal and counts_others(keys, keep, missing)
+    found = _KERNELS.get((query.shape[3], causal)) if _KERNELS is not None and query.is_cuda else None
     with on_device(query):
-        inputs = prepared(query, key, value, keep, missing, causal=causal, divided=divided)
-        out = _kernel(inputs.query, inputs.key, inputs.value, scale, causal)
+        inputs = prepared(query, key, value, keep, missing, causal=causal, divided=divided, half=found is not None)
+        out = _kernel(found, inputs.query, inputs.key, inputs.value, scale, causal)
         if divided:
-            others = (keep, keys, scale, lambda ones: _kernel(inputs.query, inputs.key, ones, scale, causal))
+            others = (keep, keys, scale, lambda ones: _kernel(found, inputs.query, inputs.key, ones, scale, causal))
             out, _ = of_real_keys(out, None, inputs, *others)
     return out[:, : query.shape[1]].contiguous() if causal and missing else out
 
 
-def _kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    if _KERNELS is not None and query.is_cuda and (found := _KERNELS.get((query.shape[3], causal))) is not None:
+def _kernel(
+    found: Kernels | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> torch.Tensor:
+    if found is not None:
         return attend(found, query, key, value, scale)
     out: torch.Tensor = sageattn(
         query, key, value, tensor_layout="NHD", is_causal=causal, sm_scale=scale, smooth_k=False

@@ -160,8 +160,8 @@ def _prepared(
         if shown is not None:
             found = tl.load(value + rows[:, None] * value_row + dims[None, :], mask=elements, other=0.0)
             if power is not None:
-                found = (found.to(tl.float32) * factor).to(shown.dtype.element_ty)
-            tl.store(shown + row_at, found, mask=written)
+                found = found.to(tl.float32) * factor
+            tl.store(shown + row_at, found.to(shown.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=["scale", "queries", "keys", "length", "heads", "groups"])  # type: ignore[untyped-decorator]
@@ -232,6 +232,7 @@ def prepared(
     *,
     scanned: bool,
     wanted: bool,
+    half: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The key, value, power, mean and nothing of ``inputs.Prepared``; up to 2^31 numbers in each, as the kernels have.
 
@@ -243,6 +244,7 @@ def prepared(
         missing: how many keys and values of 0 to add.
         scanned: whether to look for what is not finite in queries.
         wanted: whether ``mean`` and ``nothing`` are.
+        half: whether values are wanted in float16.
     """
     batch, keys, heads, dim = key.shape
     queries, groups = query.shape[1] if scanned else 0, query.shape[2] // heads
@@ -250,8 +252,9 @@ def prepared(
     device = key.get_device()
     smooth = key.new_empty((batch, length, heads, dim))
     shown = power = mean = nothing = sums = None
-    if keep is not None or missing:
-        shown = torch.empty_like(smooth)
+    kind = torch.float16 if half else value.dtype
+    if keep is not None or missing or kind != value.dtype:
+        shown = torch.empty_like(smooth, dtype=kind)
     if keep is not None and value.dtype == torch.float16:
         power = key.new_empty((batch, heads), dtype=torch.float32)
     if wanted:

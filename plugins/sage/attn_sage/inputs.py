@@ -137,6 +137,7 @@ def prepared(
     causal: bool = False,
     divided: bool = False,
     wanted: bool = False,
+    half: bool = False,
 ) -> Prepared:
     """The inputs of a kernel, laid out as it insists on: smooth keys, and as many values.
 
@@ -149,12 +150,15 @@ def prepared(
         causal: whether it is.
         divided: whether ``of_real_keys`` follows, which on a GPU shows by itself what is not finite in a query.
         wanted: whether ``mean`` and ``nothing`` are.
+        half: whether the kernel takes values in float16, which on a GPU they then are.
     """
     query, key, value = aligned(_longer(query, missing) if causal else query), aligned(key), aligned(value)
     if (fused := _on_gpu(key)) is not None:
         keep = None if keep is None else keep.contiguous()
         scanned = wanted or not divided
-        return Prepared(query, *fused.prepared(query, key, value, keep, missing, scanned=scanned, wanted=wanted))
+        return Prepared(
+            query, *fused.prepared(query, key, value, keep, missing, scanned=scanned, wanted=wanted, half=half)
+        )
     value, power = (value, None) if keep is None else fitted(hide(value, keep))
     smoothed, mean, nothing = smooth(query, key, keep)
     return Prepared(query, _longer(smoothed, missing), _longer(value, missing), power, mean, nothing)

@@ -91,7 +91,7 @@ assert first_kernels.kernels(core.sageattn) is None  # which are interpreted
 found = first_kernels.of_modules([import_module("sageattention." + name) for name in first_kernels.MODULES[1:]])
 random = torch.Generator().manual_seed(0)
 for dim, causal, (queries, keys), dtype in itertools.product(
-    (64, 96, 128), (False, True), ((1, 16), (130, 77), (128, 128)), (torch.float16, torch.float32)
+    (64, 96, 128), (False, True), ((1, 16), (130, 77)), (torch.float16, torch.float32)
 ):
     queries = keys if causal else queries
     query = torch.randn(2, queries, 3, 4, dim, generator=random).to(dtype)[:, :, 1]
@@ -131,6 +131,24 @@ def test_its_kernels_launched_directly_give_what_its_functions_give_to_the_bit()
     interpret(DIRECT)
 
 
+@pytest.mark.skipif(not installed(), reason="needs sageattention 1 and triton: pip install sageattention==1.0.6 triton")
+def test_its_kernels_are_launched_directly_only_where_all_is_as_it_is_known(monkeypatch):
+    from attn_sage import first, first_kernels
+
+    if not first_kernels.launching.KNOWN:
+        pytest.skip("another Triton")
+    assert first_kernels.kernels(first.sageattn) is not None
+    assert first_kernels.kernels(lambda *tensors: None) is None
+    with monkeypatch.context() as changed:
+        changed.setattr(first_kernels.launching, "KNOWN", False)
+        assert first_kernels.kernels(first.sageattn) is None
+    with monkeypatch.context() as changed:
+        changed.setattr(sys.modules["sageattention.quant_per_block"], "__file__", __file__)
+        assert first_kernels.kernels(first.sageattn) is None
+    monkeypatch.setattr(first_kernels, "JITFunction", type(None))
+    assert first_kernels.kernels(first.sageattn) is None
+
+
 PREPARED = """
 import torch
 from attn_sage import fused, inputs
@@ -155,8 +173,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 key[-1, -1, 0, 5] = float("inf")
                 value[-1, -1, 0, 5] = float("inf")
             expected = inputs.prepared(query, key, value, keep, missing, wanted=True)[1:]
-            found = fused.prepared(query, key, value, keep, missing, scanned=True, wanted=True)
-            again = fused.prepared(query, key, value, keep, missing, scanned=True, wanted=True)
+            found = fused.prepared(query, key, value, keep, missing, scanned=True, wanted=True, half=False)
+            again = fused.prepared(query, key, value, keep, missing, scanned=True, wanted=True, half=False)
             for one, other, repeated in zip(found, expected, again):
                 if one is None:
                     assert other is None and repeated is None
@@ -166,9 +184,14 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 )
                 assert torch.equal(one.nan_to_num(), repeated.nan_to_num())
             assert torch.equal(found[0].isinf(), expected[0].isinf())
+            halved = fused.prepared(query, key, value, keep, missing, scanned=True, wanted=True, half=True)
+            assert torch.equal(halved[1].nan_to_num(), found[1].half().nan_to_num()) and halved[1].dtype == torch.float16
+            for one, other in zip((halved[0], *halved[2:]), (found[0], *found[2:])):
+                assert one is other is None or torch.equal(one.nan_to_num(), other.nan_to_num())
             finite = query.nan_to_num()
-            expected, *_ = fused.prepared(finite, key, value, keep, missing, scanned=True, wanted=False)
-            unseen, _, _, mean, nothing = fused.prepared(query, key, value, keep, missing, scanned=False, wanted=False)
+            options = {"wanted": False, "half": False}
+            expected, *_ = fused.prepared(finite, key, value, keep, missing, scanned=True, **options)
+            unseen, _, _, mean, nothing = fused.prepared(query, key, value, keep, missing, scanned=False, **options)
             assert mean is None and nothing is None and torch.equal(unseen.nan_to_num(), expected.nan_to_num())
 """
 
