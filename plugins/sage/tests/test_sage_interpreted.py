@@ -10,6 +10,7 @@ import itertools
 import os
 import subprocess
 import sys
+import types
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -322,12 +323,14 @@ def launching(monkeypatch):
 class Compiled:
     """A kernel of Triton, or what it was compiled to; what Triton would compile anew for is found out by Triton itself."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel, specialised=None):
         self.kernel, self.params, self.specialised = kernel, kernel.params, specialised
-        self.compiled, self.searched, self.direct = {}, [], []
+        self.compiled, self.searched, self.direct, self.hooked = {}, [], [], 0
 
     def __getitem__(self, grid):
-        return partial(self.search if self.specialised is None else self.run, grid)
+        return partial(self.search if self.specialised is None else self.run_hooked, grid)
 
     def found_by_triton(self, arguments, options):
         from triton.backends.compiler import GPUTarget
@@ -344,8 +347,15 @@ class Compiled:
         specialised = self.found_by_triton(arguments, options)
         return self.compiled.setdefault(specialised, Compiled(self, specialised))
 
-    def run(self, grid, *arguments, stream=None):
+    def run_hooked(self, grid, *arguments, stream=None):
+        assert stream == 7
+        self.hooked += 1
         self.direct.append((grid, *arguments))
+
+    def run(self, first, second, third, stream, function, metadata, launch_metadata, entered, left, *arguments):
+        assert (stream, function, metadata) == (7, self.function, self.packed_metadata)
+        assert launch_metadata is entered is left is None
+        self.direct.append(((first, second, third), *arguments))
 
     def runs(self):
         return sum(len(each.direct) for each in self.compiled.values())
@@ -363,7 +373,7 @@ def kernel(launching, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "kernel_of_test", raising=False)
     monkeypatch.setattr(launching, "CompiledKernel", Compiled)
     monkeypatch.setattr(launching, "KNOWN", True)
-    monkeypatch.setattr(launching, "_stream", lambda device: None)
+    monkeypatch.setattr(launching, "_stream", lambda device: 7)
     return Compiled(importlib.import_module("kernel_of_test").kernel)
 
 
@@ -429,10 +439,27 @@ def test_no_launch_is_of_what_triton_compiled_for_other_arguments(launching, ker
     assert kernel.runs() > 100
 
 
-def run_strictly(compiled, grid, *arguments, stream=None):
+def run_strictly(compiled, *arguments):
+    grid, arguments = arguments[:3], arguments[9:]
     given = (HALF[(address - HALF.data_ptr()) // 2 :] if address else None for address in arguments[:2])
     assert compiled.kernel.found_by_triton((*given, *arguments[2:]), {}) == compiled.specialised
     compiled.direct.append((grid, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("entered", "left", "heard"), [([], [], False), ([print], [], True), ([], [print], True), (None, None, True)]
+)
+def test_a_launch_that_somebody_is_to_hear_of_is_left_to_the_compiled_kernel(
+    launching, kernel, monkeypatch, entered, left, heard
+):
+    chains = (hooks if hooks is None else types.SimpleNamespace(calls=hooks) for hooks in (entered, left))
+    hooks = types.SimpleNamespace(**dict(zip(("launch_enter_hook", "launch_exit_hook"), chains, strict=True)))
+    monkeypatch.setattr(launching, "_RUNTIME", hooks)
+    launched(launching, kernel)
+    launched(launching, kernel)
+    (compiled,) = kernel.compiled.values()
+    assert compiled.direct == [(GRID, HALF.data_ptr(), HALF.data_ptr(), *USUAL["others"])]
+    assert bool(compiled.hooked) == heard
 
 
 def test_where_triton_gives_no_compiled_kernel_or_is_not_known_each_launch_is_searched_for(
