@@ -9,6 +9,8 @@ Four things of version 1.0.6 that are mended here (all of them seen in its sourc
 - with causal it reads the scale of a block of keys that is not there, where the last 128 keys are 64 or fewer: NaN, if what
   lies there is not finite. So queries and keys are added, see ``inputs.missing_keys``;
 - NaN in query or key becomes 0; see ``inputs.smooth``.
+
+Its kernels are launched by ``first_kernels`` where they are those of 1.0.6, on a GPU; elsewhere ``sageattn`` is called.
 """
 
 from __future__ import annotations

@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 KNOWN = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and torch.version.hip is None
 """Whether compiled kernels of this Triton take all arguments, those known when compiled included, and addresses for tensors,
-and are compiled anew for nothing else than ``launch`` knows. Seen in the source of 3.3 to 3.6 and of 3.9."""
+and are compiled anew for nothing else than ``launch`` knows. Seen in the source of 3.3 to 3.6, of 3.8 and of 3.9."""
 DIVISOR = 16
 """Triton compiles anew for an address or a whole number that it divides, and for a number of 1."""
 HALF = 2**31
 """Triton counts in 64 bits from here, and below its negative."""
 MOST = 4096
-"""So many calls are kept by all that they are called with; a key is 1 or 2 KB."""
+"""So many launches are kept by all that they are given, addresses left out; a key is 1 or 2 KB."""
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+"""By what Triton compiles anew for."""
 _repeated: dict[tuple[Any, ...], Any] = {}
+"""By the arguments themselves, which is looked up sooner than what they are to Triton is found out."""
 _RUNTIME = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: None)  # noqa: SLF001 - as Triton asks it
 
