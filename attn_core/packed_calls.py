@@ -80,7 +80,8 @@ class Kernel(Protocol):
     """One library. Tensors are (B, S, H, D), or (N, H, D) with ``starts``; an lse is (B, H, S), or (H, N).
 
     One that reads none of the keys behind a sequence, and whose backward writes zeros for the keys of a sequence without
-    queries, may say so with an attribute ``takes_gaps = True``: keys that need not be moved then stay in their places.
+    queries, may say so with an attribute ``takes_gaps = True``: keys that need not be moved then stay in
+    their places.
 
     One that reads on behind a sequence, in whole tiles, would give it what NaN the next one has. It may have a method
     ``fronted(lengths)``: the kernel of dense calls in which the first ``lengths[b]`` keys of sequence ``b`` are real, int32 (B,).
@@ -192,7 +193,7 @@ def _masked(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     width = value.shape[3]
-    form = _form(kernel, query, key, attn_mask, options)
+    form = _form(kernel, query, key, value, attn_mask, options)
     if form.hidden is not None:
         query_length = query.shape[1]
         query, key = hide(query, key, form.hidden, options.scale)
@@ -243,7 +244,7 @@ def differentiate(
         sign = query_sign(options.scale)
         query, scale = positive_scale(query, options.scale)
         options = options._replace(scale=scale)
-    form = _Form() if attn_mask is None else _form(kernel, query, key, attn_mask, options)
+    form = _Form() if attn_mask is None else _form(kernel, query, key, value, attn_mask, options)
     if form.hidden is not None:
         query, key = hide(query, key, form.hidden, options.scale)
         lse = lse.nan_to_num(
@@ -276,7 +277,12 @@ def _moved(kernel: Kernel, attn_mask: KeyPadding | Packed, options: Options) -> 
 
 
 def _form(
-    kernel: Kernel, query: torch.Tensor, key: torch.Tensor, attn_mask: KeyPadding | Packed, options: Options
+    kernel: Kernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: KeyPadding | Packed,
+    options: Options,
 ) -> _Form:
     if isinstance(attn_mask, Packed):
         longest_q = query.shape[1] if attn_mask.max_seqlen_q is None else attn_mask.max_seqlen_q
@@ -284,9 +290,15 @@ def _form(
         return _Form(starts=Starts(attn_mask.cu_seqlens_q, attn_mask.cu_seqlens_k, longest_q, longest_k))
     if options.diagonal and not keeps_diagonals(attn_mask):
         return _Form(hidden=attn_mask)
-    packing = pack(attn_mask, query.shape[1], gaps=getattr(kernel, "takes_gaps", False))
+    gaps = getattr(kernel, "takes_gaps", False) and not _is_traced() and _is_one(key) and _is_one(value)
+    packing = pack(attn_mask, query.shape[1], gaps=gaps)
     starts = Starts(packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k)
     return _Form(starts=starts, packing=packing)
+
+
+def _is_one(tensor: torch.Tensor) -> bool:
+    """Whether the sequences of a batch follow one another, so that laying them end to end moves nothing."""
+    return tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
 
 
 def _shaped(kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:

@@ -1,10 +1,10 @@
 """Key padding for kernels that take no mask: the kept keys laid end to end or in front, or the others hidden by columns.
 
 ``pack`` prepares, once for a description, where each kept key goes and where each sequence starts. Every query stays, since
-each has a defined result, so that packing the queries is a reshape. So is packing the keys with ``gaps``, where those that are
-kept are one run in each sequence: padding becomes a sequence without queries. Packed keys keep their order and lose their
-places: a diagonal (causal, a window) means the same as before only where all padding is on the left. Elsewhere ``hide`` adds
-columns to query and key that take the scores of padding below all others.
+each has a defined result, so that packing the queries is a reshape. So is packing keys that lie side by side with ``gaps``, where
+those that are kept are one run in each of long sequences: padding becomes a sequence without queries. Packed keys keep their
+order and lose their places: a diagonal (causal, a window) means the same as before only where all padding is on the left.
+Elsewhere ``hide`` adds columns to query and key that take the scores of padding below all others.
 
 A kernel that reads its keys in whole tiles, and so reads on into the sequence that is packed after the one it works on, gives
 the one what NaN the other has. ``front`` leaves each sequence its own keys, the kept ones first, then zeros.
@@ -39,6 +39,9 @@ _LEAST = 1e4
 
 _MOST_SEQUENCES = 2**16 - 1
 """How many sequences a call is given at most with gaps: kernels have them in one dimension of their grid."""
+
+_LEAST_KEYS = 256
+"""How many keys a sequence has at least with gaps: for each sequence FlashAttention-2's backward holds 128 rows of float32."""
 
 
 class Packing(NamedTuple):
@@ -120,9 +123,9 @@ def pack(padding: KeyPadding, query_length: int, *, gaps: bool = False) -> Packi
         >>> packing = pack(KeyPadding(torch.tensor([[False, True], [True, True]])), 2)
         >>> packing.rows.tolist(), packing.cu_seqlens_k.tolist(), packing.max_seqlen_k
         ([1, 2, 3], [0, 1, 3], 2)
-        >>> packing = pack(KeyPadding(torch.tensor([[False, True], [True, True]])), 2, gaps=True)
+        >>> packing = pack(KeyPadding(torch.arange(256)[None] >= torch.tensor([[56], [0]])), 2, gaps=True)
         >>> packing.rows, packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
-        (None, [0, 0, 2, 2, 4, 4], [0, 1, 2, 2, 4, 4])
+        (None, [0, 0, 2, 2, 4, 4], [0, 56, 256, 256, 512, 512])
     """
     return padding.prepared(
         ("packing", query_length, gaps),
@@ -269,7 +272,7 @@ def _readable(padding: KeyPadding) -> bool:
 
 def _pack(keep: torch.Tensor, query_length: int, *, readable: bool, gaps: bool) -> Packing:
     batch, keys = keep.shape
-    if gaps and readable and 2 * batch < _MOST_SEQUENCES and _is_run(keep):
+    if gaps and readable and keys >= _LEAST_KEYS and 2 * batch < _MOST_SEQUENCES and _is_run(keep):
         return _in_place(keep, query_length)
     lengths = keep.sum(1)
     starts = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

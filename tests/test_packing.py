@@ -77,7 +77,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_runs_of_keys_stay_in_their_places(name):
+def test_runs_of_keys_stay_in_their_places(name, monkeypatch):
+    monkeypatch.setattr(packing, "_LEAST_KEYS", 5)
     query, key, value = (item.requires_grad_() for item in inputs())
     keep = torch.tensor(RUNS[name], dtype=torch.bool)
     key.data[~keep] = torch.nan
@@ -96,7 +97,10 @@ def test_runs_of_keys_stay_in_their_places(name):
     assert made.unpack_keys(grad).data_ptr() == grad.data_ptr()
 
 
-def test_what_is_no_run_or_too_much_is_packed(monkeypatch):
+def test_what_is_no_run_or_too_much_or_short_is_packed(monkeypatch):
+    assert packing.pack(padding_of("right"), 4, gaps=True).rows is not None
+    monkeypatch.setattr(packing, "_LEAST_KEYS", 5)
+    assert packing.pack(padding_of("right"), 4, gaps=True).rows is None
     assert packing.pack(padding_of("holes"), 4, gaps=True).rows is not None
     monkeypatch.setattr(packing, "_MOST_SEQUENCES", 6)
     assert packing.pack(padding_of("left"), 4, gaps=True).rows is not None

@@ -13,6 +13,7 @@ import torch
 
 from attn_core import CallRefused, KeyPadding, Packed, attention
 from attn_core.facts import Facts
+from attn_core.testing import reference
 from attn_flash.specs import FLASH, FLASH_3, FLASH_4
 
 TESTS = Path(__file__).parent
@@ -324,6 +325,34 @@ def test_hidden_keys_get_no_gradient_where_lengths_could_not_be_read(name, monke
         assert not tensor.grad[~keep].any()
     assert value.grad[keep].all()
     assert not query.grad[1].any()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_padded_keys_stay_where_they_are(dense, causal, monkeypatch):
+    from attn_core import packed_calls, packing
+
+    made = []
+    monkeypatch.setattr(
+        packed_calls, "pack", lambda *given, **more: made.append(packing.pack(*given, **more)) or made[-1]
+    )
+    keep = torch.arange(300) >= torch.tensor([[250], [300], [0], [3]])
+    keep = keep if causal else keep & (torch.arange(300) < 290)
+    query = half(4, 40, 4, 16).requires_grad_()
+    key, value = (half(4, 300 if dense else 320, 2, 16)[:, :300].requires_grad_() for _ in range(2))
+    for tensor in (key, value):
+        tensor.data[~keep] = torch.nan
+    out, lse = attention(
+        query, key, value, attn_mask=KeyPadding(keep), causal=causal, return_lse=True, backend="flash_standin"
+    )
+    grads = torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    assert [item.rows is None for item in made] == [dense]
+    alone = [tensor.detach().nan_to_num().double().requires_grad_() for tensor in (query, key, value)]
+    expected, expected_lse = reference(*alone, attn_mask=KeyPadding(keep), causal=causal)
+    torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-4)
+    for grad, due in zip(grads, torch.autograd.grad(expected.sum(), alone), strict=True):
+        torch.testing.assert_close(grad.double(), due, atol=0.05, rtol=0.03)
 
 
 def spoiled(sequence, *tensors):

@@ -12,6 +12,8 @@ import torch
 import triton
 from triton.compiler import CompiledKernel
 
+from attn_core.errors import CallRefused
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -80,6 +82,9 @@ def launch(
         others: all other arguments, the ``constexpr`` ones included.
         warps: of a program; None for what Triton takes.
         stages: how many loads are under way at once; so too.
+
+    Raises:
+        CallRefused: a CUDA graph is being captured, and the kernel would have to be compiled first.
     """
     addresses: list[int | None] = []
     dtypes: list[torch.dtype | None] = []
@@ -127,6 +132,12 @@ def _found(
         return None
     kind = (key[0], *map(_kind, kernel.params[len(pointers) :], others))
     if (compiled := _compiled.get(kind)) is None:
+        if torch.cuda.is_current_stream_capturing():
+            msg = (
+                "attn-sage refused the call: a CUDA graph is being captured, and a kernel of Triton that calls of this length, "
+                "layout and alignment need is not compiled yet. Next: make the same call once before the capture"
+            )
+            raise CallRefused(msg)
         compiled = _searched(kernel, grid, pointers, others, warps, stages)
         if isinstance(compiled, CompiledKernel):  # interpreted, there is none
             _compiled[kind] = compiled

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn_core import CallRefused
+
 STAND_INS = Path(__file__).parent / "stand_ins"
 SCRIPT = """
 import sys, types
@@ -374,6 +376,7 @@ def kernel(launching, monkeypatch, tmp_path):
     monkeypatch.setattr(launching, "CompiledKernel", Compiled)
     monkeypatch.setattr(launching, "KNOWN", True)
     monkeypatch.setattr(launching, "_stream", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return Compiled(importlib.import_module("kernel_of_test").kernel)
 
 
@@ -424,6 +427,17 @@ def test_what_triton_would_compile_anew_is_asked_for_and_what_it_would_not_is_la
     for _ in range(2):
         launching.launch(Compiled(kernel.kernel), 0, GRID, USUAL["pointers"], USUAL["others"])
     assert len(kernel.searched) == 1 + len(ANEW)
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(launching, kernel, monkeypatch):
+    launched(launching, kernel)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    launched(launching, kernel)
+    launched(launching, kernel, **ALIKE[0])
+    with pytest.raises(CallRefused, match="make the same call once before the capture"):
+        launched(launching, kernel, **ANEW[0])
+    assert len(kernel.searched) == 1
+    assert kernel.runs() == 2
 
 
 def test_no_launch_is_of_what_triton_compiled_for_other_arguments(launching, kernel, monkeypatch):
