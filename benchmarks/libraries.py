@@ -33,6 +33,10 @@ def bare(name, device):
         from flash_attn import flash_attn_func
 
         return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)
+    if name == "flash_3":
+        from flash_attn_interface import flash_attn_func
+
+        return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)
     if name == "flash_4":
         from flash_attn.cute import flash_attn_func
 
@@ -90,7 +94,14 @@ def _xformers(which):
 
     if which == "splitk":
         forward = fmha.memory_efficient_attention_forward
-        return lambda q, k, v, causal: forward(q, k, v, attn_bias=bias(causal), op=fmha.triton_splitk.FwOp)
+
+        def split(q, k, v, causal):
+            if q.shape[1:].numel() * 64 >= 2**31:
+                msg = "it reads beyond its memory, see docs/known-issues.md"
+                raise ValueError(msg)
+            return forward(q, k, v, attn_bias=bias(causal), op=fmha.triton_splitk.FwOp)
+
+        return split
     operators = {
         "": None,
         "cutlass": (fmha.cutlass.FwOp, fmha.cutlass.BwOp),

@@ -28,7 +28,7 @@ from flash_attn_interface import (
 
 from attn_core.masks import traced
 from attn_core.packed_calls import Mask, Options, Starts, attend, differentiate, options_of
-from attn_core.shaping import natural_lse
+from attn_core.shaping import natural_lse, needs_graph
 
 if TYPE_CHECKING:
     from attn_core.shaping import Tensors
@@ -106,10 +106,15 @@ class _Kernel(NamedTuple):
         if query.is_cuda and not hasattr(_THREAD, "has_context") and not traced(query):
             torch.cuda.mem_get_info()
             _THREAD.has_context = True
+        all_see = starts is None and self.lengths is None and options.all_see(query, key)
+        nothing = float("inf") if key.shape[0] == 0 else float("-inf")
+        if not needs_graph(query, key, value):
+            out, lse = _run(query, key, value, self.lengths, starts, options)
+            return out, natural_lse(lse, out, nothing, all_see=all_see) if return_lse else None
         if self.lengths is not None:
             apply: Any = _Fronted.apply
             out, lse = apply(query, key, value, self.lengths, options)
-            return out, natural_lse(lse, out, float("-inf")) if return_lse else None
+            return out, natural_lse(lse, out, nothing) if return_lse else None
         given = {
             "softmax_scale": options.scale,
             "causal": options.causal,
@@ -125,8 +130,7 @@ class _Kernel(NamedTuple):
         if not return_lse:
             return found, None
         out, lse = found
-        all_see = starts is None and options.all_see(query, key)
-        return out, natural_lse(lse, out, float("inf") if key.shape[0] == 0 else float("-inf"), all_see=all_see)
+        return out, natural_lse(lse, out, nothing, all_see=all_see)
 
     def backward(
         self,
@@ -162,16 +166,31 @@ def _laid_out(key: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
     return {"cu_seqlens_k": starts, "sequed_k": lengths, "max_seqlen_k": width}
 
 
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor | None,
+    starts: Starts | None,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and lse without a graph."""
+    scale, causal, left, right, softcap, *_ = options
+    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = starts or (None,) * 4
+    out, lse, *_ = _flash_attn_forward(
+        query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k,
+        seqused_k=lengths, softmax_scale=scale, causal=causal, window_size_left=left, window_size_right=right, softcap=softcap,
+    )  # fmt: skip
+    return out, lse
+
+
 class _Fronted(torch.autograd.Function):
     """The graph of a dense call of which ``lengths`` says how many keys are real, which the library has no function for."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, lengths: Any, options: Any) -> Any:
         """Result and lse."""
-        out, lse, *_ = _flash_attn_forward(
-            query, key, value, seqused_k=lengths, softmax_scale=options.scale, causal=options.causal,
-            window_size_left=options.left, window_size_right=options.right, softcap=options.softcap,
-        )  # fmt: skip
+        out, lse = _run(query, key, value, lengths, None, options)
         ctx.save_for_backward(query, key, value, out, lse, lengths)
         ctx.options = options
         ctx.mark_non_differentiable(lse)
