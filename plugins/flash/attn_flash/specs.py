@@ -145,7 +145,6 @@ FLASH_3 = BackendSpec(
     ),
     context_parallel=_ALL_PARALLEL,
     compile=True,
-    unverified="written against hopper/ of flash-attention at commit 0251105a2fb1, and tested with a stand-in of it",
 )
 
 # --- flash-attn 4 -------------------------------------------------------------------------------------------------------
