@@ -61,6 +61,10 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     deterministic: bool = False
 
+    def scaled(self, scale: float) -> Options:
+        """The same with another scale; spelled out, since torch 2.6 does not trace ``_replace``."""
+        return Options(scale, self.causal, self.left, self.right, self.softcap, self.dropout_p, self.deterministic)
+
     @property
     def diagonal(self) -> bool:
         """Whether which keys a query sees depends on where it is."""
@@ -163,7 +167,7 @@ def attend(
     """
     if options.scale <= 0.0:
         query, scale = positive_scale(query, options.scale)
-        options = options._replace(scale=scale)
+        options = options.scaled(scale)
     moved = None if attn_mask is None else _moved(kernel, attn_mask, options)
     if moved is not None:
         kernel, places = moved
@@ -243,7 +247,7 @@ def differentiate(
     if options.scale <= 0.0:
         sign = query_sign(options.scale)
         query, scale = positive_scale(query, options.scale)
-        options = options._replace(scale=scale)
+        options = options.scaled(scale)
     form = _Form() if attn_mask is None else _form(kernel, query, key, value, attn_mask, options)
     if form.hidden is not None:
         query, key = hide(query, key, form.hidden, options.scale)

@@ -245,7 +245,7 @@ def _scaled(query: torch.Tensor, options: Options) -> tuple[torch.Tensor, Option
         return query, options, 1.0
     sign = query_sign(options.scale)
     query, scale = positive_scale(query, options.scale)
-    return query, options._replace(scale=scale), sign
+    return query, options.scaled(scale), sign
 
 
 def _shaped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
