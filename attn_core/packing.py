@@ -180,7 +180,7 @@ def front(padding: KeyPadding, *, room: int = 0) -> Front:
     Lengths are copied from the device the first time, where they can be, as by ``pack``.
 
     Args:
-        padding: which keys are kept.
+        padding: which keys are kept, of at least one.
         room: how many places without a key there are behind the longest sequence.
 
     Example:

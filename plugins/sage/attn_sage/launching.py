@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 KNOWN = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) and torch.version.hip is None
 """Whether compiled kernels of this Triton take all arguments, those known when compiled included, and addresses for tensors,
-and are compiled anew for nothing else than ``launch`` knows. Seen in the source of 3.3 to 3.6, of 3.8 and of 3.9."""
+and are compiled anew for nothing else than ``launch`` knows but what somebody who looks for faults may set: ``debug``, a mode of
+instrumentation, and hooks of stages or of a kernel. They are heeded where they are set before the first call. Seen in the
+source of 3.3 to 3.6, of 3.8 and of 3.9."""
 DIVISOR = 16
 """Triton compiles anew for an address or a whole number that it divides, and for a number of 1."""
 HALF = 2**31

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from attn_core.shaping import Tensors
 
 Mask = Any
+_WIDEST_FLASH = 256
+"""Up to which head dim FlashAttention goes, and xformers' own choice with it."""
 _MOST_PROGRAMS = 65535
 """How many sequences times heads split-K takes at a time: they are one dimension of its grid."""
 _MOST_PARTIAL_NUMBERS, _ROWS_OF_A_BLOCK = 2**31 // 64, 128
@@ -156,7 +158,7 @@ def forward(
         out, lse = again(window_size=window_size, return_lse=True)
         out = pad(out, (0, 0, 0, 0, blind, 0))
         return (out, pad(lse, (blind, 0), value=float("-inf"))) if return_lse else out
-    if attn_mask is None or not _added(operator, attn_mask, query):
+    if attn_mask is None or not _added(operator, attn_mask, query, value):
         return attend(operator, query, key, value, attn_mask, options, return_lse=return_lse)
     return _with_bias(operator, query, key, value, attn_mask, options, return_lse=return_lse)
 
@@ -184,16 +186,24 @@ def backward(
             scale=scale, attn_mask=attn_mask, causal=True, window_size=window_size,
         )  # fmt: skip
         return pad(grads[0], (0, 0, 0, 0, blind, 0)), grads[1], grads[2]
-    if attn_mask is None or not _added(operator, attn_mask, query):
+    if attn_mask is None or not _added(operator, attn_mask, query, value):
         return differentiate(operator, grad_out, query, key, value, out, lse, attn_mask, options)
     return _with_bias_backward(operator, grad_out, query, key, value, out, lse, attn_mask, options)
 
 
-def _added(operator: _Operator, attn_mask: Mask, query: torch.Tensor) -> bool:
-    """Whether a mask becomes a tensor to add to the scores."""
+def _added(operator: _Operator, attn_mask: Mask, query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a mask becomes a tensor to add to the scores, which cutlass alone takes; packed, its lse has another layout."""
     if isinstance(attn_mask, torch.Tensor):
         return True
-    return not isinstance(attn_mask, Packed) and (operator.which == "cutlass" or query.dtype == torch.float32)
+    if isinstance(attn_mask, Packed) or operator.which == "flash":
+        return False
+    if (
+        operator.which == "cutlass"
+        or query.dtype == torch.float32
+        or max(query.shape[3], value.shape[3]) > _WIDEST_FLASH
+    ):
+        return True
+    return query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0)
 
 
 def _with_bias(

@@ -61,6 +61,23 @@ def test_padding_that_leaves_no_key_at_all(heads):
     assert not any(item.any() for item in (out, query.grad, key.grad, value.grad))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dims", [(264, 264), (16, 264)])
+def test_padding_is_added_where_its_own_choice_is_cutlass(calls, batch, dims):
+    query, key = half(batch, 4, 4, dims[0]).requires_grad_(), half(batch, 300, 4, dims[0]).requires_grad_()
+    value = half(batch, 300, 4, dims[1]).requires_grad_()
+    padding = KeyPadding(torch.arange(300)[None].expand(batch, -1) >= 10)
+    out, lse = attention(query, key, value, attn_mask=padding, return_lse=True, backend="xformers_standin")
+    grads = torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    assert {call[:2] for call in calls} == {("CutlassFw", "Tensor")}
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    expected, expected_lse = reference(*exact, attn_mask=padding)
+    torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-4)
+    for grad, due in zip(grads, torch.autograd.grad(expected.sum(), exact), strict=True):
+        torch.testing.assert_close(grad.double(), due, atol=0.05, rtol=0.03)
+
+
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_split_k_takes_no_more_at_a_time_than_its_grid_has(calls, heads):
     batch = 65536 // heads[0] + 1

@@ -169,6 +169,7 @@ def forward(operator, query, key, value, bias, scale):
     query, key, value = flattened(query, key, value)
     CALLS.append((operator.__name__, type(bias).__name__, tuple(query.shape), tuple(key.shape)))
     starts, longest = each(operator, bias, query, key, value)
+    assert operator is not CutlassFw or starts[0] is None, "an lse of (sequences, H, longest), rounded up"
     flash = operator is FlashFw
     causal, left, right = sides(bias, *longest, flash)
     if isinstance(bias, torch.Tensor):
