@@ -84,8 +84,7 @@ class Kernel(Protocol):
     """One library. Tensors are (B, S, H, D), or (N, H, D) with ``starts``; an lse is (B, H, S), or (H, N).
 
     One that reads none of the keys behind a sequence, and whose backward writes zeros for the keys of a sequence without
-    queries, may say so with an attribute ``takes_gaps = True``: keys that need not be moved then stay in
-    their places.
+    queries, may say so with an attribute ``takes_gaps = True``: keys that need not be moved then stay in their places.
 
     One that reads on behind a sequence, in whole tiles, would give it what NaN the next one has. It may have a method
     ``fronted(lengths)``: the kernel of dense calls in which the first ``lengths[b]`` keys of sequence ``b`` are real, int32 (B,).
@@ -251,9 +250,8 @@ def differentiate(
     form = _Form() if attn_mask is None else _form(kernel, query, key, value, attn_mask, options)
     if form.hidden is not None:
         query, key = hide(query, key, form.hidden, options.scale)
-        lse = lse.nan_to_num(
-            nan, inf, _FAR
-        )  # of a query that sees padding alone, which the kernel takes for one that sees
+        # a query that sees padding alone, which the kernel takes for one that sees, gets no weights
+        lse = lse.nan_to_num(nan, inf, _FAR)
     query, key, value = _shaped(kernel, query, key, value)
     grad_out, out = (aligned(widened(item, value.shape[3])) for item in (grad_out, out))
     if form.packing is not None:

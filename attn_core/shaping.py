@@ -108,16 +108,20 @@ def natural_lse(
     in its scores had seen nothing: a finite lse. A NaN in scores is in each column of the result, so the two ends are asked;
     what has NaN in both of them alone, as values may, is taken for it.
     """
-    out = out.detach()
-    first = out[..., 0].transpose(-1, -2)
     if all_see:
         ends = (float("nan"), float("-inf")) if nothing > 0 else (float("inf"), float("nan"))
         lse = lse.nan_to_num(float("nan"), *ends)
     else:
+        first = _column(out, 0)
         lse = torch.where(lse == nothing, first - lse if nothing > 0 else first + lse, lse)
     if lse.numel() > _SPLIT_QUERIES:
         return lse
-    return lse.masked_fill(torch.fmax(first, out[..., -1].transpose(-1, -2)).isnan(), float("nan"))
+    return lse.masked_fill(torch.fmax(_column(out, 0), _column(out, -1)).isnan(), float("nan"))
+
+
+def _column(out: torch.Tensor, at: int) -> torch.Tensor:
+    """One column of a result, laid out as its lse."""
+    return out.detach()[..., at].transpose(-1, -2)
 
 
 def needs_graph(*tensors: Any) -> bool:
